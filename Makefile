@@ -18,7 +18,7 @@ DEMO_METHODS := single_task,equal,excess_mtl,aligned_mtl,imtl_g,imtl_l,imtl,inde
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(CORE)  ## train eight methods on two-digit images (CPU), print a table, draw it
+demo: $(CORE)  ## compare methods on images of two digits (CPU), print and draw the table
 	$(BIN)/mtl-tutorial run multidigits --methods $(DEMO_METHODS) --seeds 3 --budget quick --device cpu --out results/demo
 	$(BIN)/mtl-tutorial table results/demo
 	$(BIN)/mtl-tutorial plot results/demo
