@@ -1,0 +1,789 @@
+"""The engine: from K task losses to one step.
+
+Read from top to bottom: the losses are split into one autograd edge per task (`LossGraph`), each
+edge gives one row of the Jacobian (`task_gradients`), the rows give the Gram matrix
+(`gram_matrix`), a rule turns what it looks at (`View`) into weights, and `Method.backward` writes
+the weighted step into ``.grad``.
+
+This file needs torch alone. A method file of `mtl_tutorial.methods` needs torch and this file.
+
+Conventions, the same for every method:
+
+* K tasks, P shared parameters (scalars, all shared tensors flattened one after the other).
+* ``d = weights @ J`` is the direction that the optimiser *subtracts*; J is the (K, P) Jacobian.
+* K x K algebra is done in float64, whatever the dtype of the gradients.
+* Nothing here copies a value to the host on an accelerator, so no step waits for the device.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+Losses = Tensor | Sequence[Tensor]
+Closure = Callable[..., Any]
+
+_BLOCK = 8192  # columns whose products are summed in float32 before the total goes on in float64
+
+
+# ------------------------------------------------------------------------- tensors to tensors
+
+
+def gram_matrix(rows: Tensor) -> Tensor:
+    """Gram matrix ``rows @ rows.T`` in float64, without a float64 copy of the rows.
+
+    Products are summed in float32 over blocks of 8192 columns and the block sums are added in
+    float64: over millions of columns this keeps about 7 digits, where one float32 product keeps 3.
+
+    Args:
+        rows: floating-point tensor (K, P).
+
+    Returns:
+        float64 tensor (K, K), symmetric.
+    """
+    if rows.dtype == torch.float64:
+        return rows @ rows.T
+    k, p = rows.shape
+    rows = rows if rows.dtype == torch.float32 else rows.float()
+    body = p - p % _BLOCK
+    total = (rows[:, body:] @ rows[:, body:].T).double()
+    if body:
+        blocks = rows[:, :body].view(k, -1, _BLOCK).transpose(0, 1)
+        total = total + (blocks @ blocks.transpose(1, 2)).double().sum(0)
+    return (total + total.T) / 2
+
+
+def task_gradients(losses: Losses, parameters: Iterable[Tensor]) -> Tensor:
+    """Jacobian of K losses: one row per task, all parameters flattened side by side.
+
+    The graph is kept, so the losses can be differentiated again.
+
+    Args:
+        losses: tensor (K,) or K scalar tensors.
+        parameters: tensors to differentiate by; frozen ones are left out, unused ones give zeros.
+
+    Returns:
+        Tensor (K, P) without graph. A loss that has no graph gives a row of zeros.
+
+    Raises:
+        ValueError: the losses have a wrong shape, or no parameter requires a gradient.
+    """
+    k = losses.numel() if isinstance(losses, Tensor) else len(losses)
+    graph = LossGraph(losses)
+    graph.partition(parameters, heads=[()] * k)
+    rows, _ = graph.rows_and_head_gradients(keep_graph=True)
+    if len(graph.present) == graph.n_tasks:
+        return rows
+    full = rows.new_zeros(graph.n_tasks, rows.shape[1])
+    full[graph.present] = rows
+    return full
+
+
+def add_gradient(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """Add gradients to ``.grad``, as ``backward`` does: parameters without one are left alone."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is None:
+            continue
+        gradient = gradient.to(parameter.dtype)
+        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+
+# ------------------------------------------------------------------------ the graph of K losses
+
+
+def _split_losses(losses: Losses) -> tuple[Tensor, list[GradientEdge | None]]:
+    """Values (K,) and one autograd edge per task; None for a loss without graph."""
+    if isinstance(losses, Tensor):
+        if losses.dim() != 1 or losses.numel() == 0:
+            raise ValueError(
+                f"expected losses of shape (K,), got {tuple(losses.shape)}; "
+                "stack one scalar per task, for example torch.stack([loss_a, loss_b])"
+            )
+        node = losses.grad_fn
+        if node is None:
+            edges: list[GradientEdge | None] = [None] * losses.numel()
+            if losses.requires_grad:
+                edges = [get_gradient_edge(loss) for loss in losses.unbind()]
+        elif node.name() == "StackBackward0":
+            # Enter behind the stack: through it, every task's pass would run all K heads.
+            edges = [GradientEdge(n, i) if n is not None else None for n, i in node.next_functions]
+        else:
+            edges = [get_gradient_edge(loss) for loss in losses.unbind()]
+        return losses.detach(), edges
+    losses = list(losses)
+    bad = [i for i, loss in enumerate(losses) if not isinstance(loss, Tensor) or loss.numel() != 1]
+    if bad or not losses:
+        raise ValueError(
+            "expected a tensor (K,) or a sequence of K scalar tensors as losses, "
+            + (f"got something else for task {bad[0]}" if losses else "got an empty sequence")
+        )
+    losses = [loss if loss.dim() == 0 else loss.reshape(()) for loss in losses]
+    values = torch.stack([loss.detach() for loss in losses])
+    return values, [get_gradient_edge(loss) if loss.requires_grad else None for loss in losses]
+
+
+def _leaves(edge: GradientEdge, stop: Node | None = None) -> list[Tensor]:
+    """Leaf tensors that require a gradient and that the edge depends on, in order of discovery."""
+    found: list[Tensor] = []
+    seen: set[Node] = set()
+    stack = [edge.node]
+    while stack:
+        node = stack.pop()
+        if node in seen or node is stop:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            found.append(leaf)
+        stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+    return found
+
+
+class LossGraph:
+    """K losses as autograd edges, and the parameters that they share.
+
+    Args:
+        losses: tensor (K,) or K scalar tensors. A loss without graph (``requires_grad`` false)
+            marks a task that is absent from this batch.
+        features: shared representation z, any shape, through which alone the losses depend on the
+            shared parameters.
+
+    Attributes:
+        values: losses (K,), detached.
+        present: indices of the tasks that are in this batch.
+        edges: one autograd edge per present task.
+        shared: list of shared parameters; set by `partition`.
+        heads: head parameters per present task; set by `partition`.
+
+    Raises:
+        ValueError: wrong shapes, no loss with a graph, or features without a graph.
+    """
+
+    def __init__(self, losses: Losses, features: Tensor | None = None) -> None:
+        self.values, edges = _split_losses(losses)
+        self.n_tasks = len(edges)
+        self.present = [k for k, edge in enumerate(edges) if edge is not None]
+        self.edges = [edge for edge in edges if edge is not None]
+        self.features = features
+        self.shared: list[Tensor] = []
+        self.heads: list[list[Tensor]] = []
+        if not self.edges:
+            raise ValueError(
+                "expected at least one loss that depends on a parameter, got losses without a "
+                "graph; compute them outside torch.no_grad() and do not detach them"
+            )
+        if features is not None and features.grad_fn is None:
+            raise ValueError(
+                "expected features computed from the shared parameters, got a leaf tensor; pass "
+                "the trunk's output before any detach()"
+            )
+
+    def partition(
+        self,
+        shared: Iterable[Tensor] | None = None,
+        heads: Sequence[Iterable[Tensor]] | None = None,
+    ) -> None:
+        """Tell shared parameters from those of the heads; frozen ones are left out.
+
+        Args:
+            shared: shared parameters. Without it: every leaf that at least two losses depend on
+                (with one task, every leaf; with features, every leaf behind them).
+            heads: K iterables of parameters, one per task. Without it: every other leaf.
+
+        Raises:
+            ValueError: no shared parameter to train, wrong number of heads, or a shared parameter
+                that a loss reaches around the features.
+        """
+        found = self._infer_shared() if shared is None else shared
+        self.shared = [p for p in found if p.requires_grad]
+        if not self.shared:
+            raise ValueError(
+                "expected at least one shared parameter that requires a gradient, got none; pass "
+                "shared=model.trunk.parameters() (a generator can be used once only)"
+            )
+        self.heads = self._infer_heads() if heads is None else self._check_heads(heads)
+        self._used = [False] * len(self.shared)
+
+    def _check_heads(self, heads: Sequence[Iterable[Tensor]]) -> list[list[Tensor]]:
+        if len(heads) != self.n_tasks:
+            raise ValueError(
+                f"expected heads for {self.n_tasks} tasks, got {len(heads)}; pass one iterable "
+                "of parameters per loss, in the order of the losses"
+            )
+        return [[p for p in heads[k] if p.requires_grad] for k in self.present]
+
+    def _infer_heads(self) -> list[list[Tensor]]:
+        stop = None if self.features is None else self.features.grad_fn
+        shared = {id(p) for p in self.shared}
+        leaves = {id(p): p for edge in self.edges for p in _leaves(edge, stop)}
+        if self.features is not None and shared & leaves.keys():
+            raise ValueError(
+                "expected the losses to depend on the shared parameters through features alone, "
+                "got a shared parameter that a head uses as well; leave features out or move "
+                "that parameter out of shared"
+            )
+        others = [p for key, p in leaves.items() if key not in shared]
+        return [others] * len(self.edges)
+
+    def _infer_shared(self) -> list[Tensor]:
+        if self.features is not None:
+            return _leaves(get_gradient_edge(self.features))
+        users: dict[int, int] = {}
+        leaves: dict[int, Tensor] = {}
+        for edge in self.edges:
+            for leaf in _leaves(edge):
+                users[id(leaf)] = users.get(id(leaf), 0) + 1
+                leaves[id(leaf)] = leaf
+        least = 1 if self.n_tasks == 1 else 2
+        return [leaf for key, leaf in leaves.items() if users[key] >= least]
+
+    def rows_and_head_gradients(
+        self, scale: Tensor | None = None, keep_graph: bool = False
+    ) -> tuple[Tensor, list[list[Tensor | None]]]:
+        """One backward pass per present task: its row, and the gradients of its head.
+
+        Args:
+            scale: factor on every loss (AMP), 0-dimensional. Rows are divided by it again, head
+                gradients are not.
+            keep_graph: whether the graph can be used again afterwards.
+
+        Returns:
+            Rows (n, P) over the shared parameters, or (n, numel) over the features, of the n
+            present tasks in one buffer; and per task a list of gradients beside `heads`.
+        """
+        targets = self.shared if self.features is None else [self.features]
+        sizes = [t.numel() for t in targets]
+        dtype = targets[0].dtype
+        for target in targets[1:]:
+            dtype = torch.promote_types(dtype, target.dtype)
+        rows = torch.empty(len(self.edges), sum(sizes), dtype=dtype, device=targets[0].device)
+        head_gradients: list[list[Tensor | None]] = []
+        for i, (edge, head) in enumerate(zip(self.edges, self.heads, strict=True)):
+            last = i == len(self.edges) - 1 and self.features is None and not keep_graph
+            gradients = torch.autograd.grad(
+                [edge],
+                [*targets, *head],
+                grad_outputs=None if scale is None else [scale.to(self.values.dtype)],
+                retain_graph=not last,
+                allow_unused=True,
+            )
+            views = rows[i].split(sizes)
+            for j, (view, gradient) in enumerate(zip(views, gradients, strict=False)):
+                if gradient is None:
+                    view.zero_()
+                else:
+                    view.copy_(gradient.reshape(-1))
+                    self._used[j] = True
+            head_gradients.append(list(gradients[len(targets) :]))
+        if scale is not None:
+            rows /= scale.to(rows.dtype)
+        return rows, head_gradients
+
+    def head_gradients(self, scale: Tensor | None = None) -> list[list[Tensor | None]]:
+        """Gradients of each present task's head alone, beside `heads`; the graph is kept."""
+        outputs = None if scale is None else [scale.to(self.values.dtype)]
+        return [
+            list(torch.autograd.grad([edge], head, outputs, retain_graph=True, allow_unused=True))
+            if head
+            else []
+            for edge, head in zip(self.edges, self.heads, strict=True)
+        ]
+
+    def add_shared(self, direction: Tensor) -> None:
+        """Add the direction, (P,) or the flattened features' (numel,), to the shared ``.grad``."""
+        if self.features is not None:
+            cotangent = direction.view(self.features.shape)
+            torch.autograd.backward([self.features], [cotangent], inputs=self.shared)
+            return
+        parts = direction.split([p.numel() for p in self.shared])
+        views = [
+            part.view(p.shape) if used else None
+            for part, p, used in zip(parts, self.shared, self._used, strict=True)
+        ]
+        add_gradient(self.shared, views)
+
+    def add_heads(
+        self, gradients: list[list[Tensor | None]], weights: Tensor | None, ok: Tensor | None
+    ) -> None:
+        """Add the heads' gradients, times one weight per present task where weights are given.
+
+        Where the 0-dimensional bool `ok` is given and false, zeros are added.
+        """
+        for i, (head, gradient) in enumerate(zip(self.heads, gradients, strict=True)):
+            if weights is not None:
+                factor = weights[i]
+                gradient = [None if g is None else g * factor.to(g.dtype) for g in gradient]
+            if ok is not None:
+                gradient = [None if g is None else torch.where(ok, g, 0.0) for g in gradient]
+            # Autograd may hand out one tensor, or an expanded one, for several parameters.
+            add_gradient(head, [None if g is None else g.clone() for g in gradient])
+
+
+# ------------------------------------------------------------------------- a rule and its method
+
+
+class View:
+    """What a rule may look at, of the n tasks present in the batch.
+
+    Attributes:
+        losses: (n,) in float64.
+        rows: (n, P) in the dtype of the gradients, or None where only a Gram matrix is known.
+        gram: (n, n) in float64, computed from the rows when first asked for.
+        tasks: indices of the present tasks among all `n_tasks` tasks.
+        eps: relative rounding error that the entries of `gram` may carry.
+    """
+
+    def __init__(
+        self,
+        *,
+        losses: Tensor | None = None,
+        rows: Tensor | None = None,
+        gram: Tensor | None = None,
+        tasks: Sequence[int] | None = None,
+        n_tasks: int | None = None,
+    ) -> None:
+        source = next(x for x in (rows, gram, losses) if x is not None)
+        n = source.shape[0]
+        self._losses = None if losses is None else losses.double()
+        self._gram = None if gram is None else gram.double()
+        self.rows = rows
+        self.tasks = list(range(n)) if tasks is None else list(tasks)
+        self.n_tasks = n if n_tasks is None else n_tasks
+        self.device = source.device
+        # Float64 sums over P columns lose a few digits, hence the factor.
+        self.eps = 1e-14 if source.dtype == torch.float64 else torch.finfo(torch.float32).eps
+
+    @property
+    def has_losses(self) -> bool:
+        return self._losses is not None
+
+    @property
+    def known_gram(self) -> Tensor | None:
+        """The Gram matrix where it is known already, else None."""
+        return self._gram
+
+    @property
+    def losses(self) -> Tensor:
+        if self._losses is None:
+            raise TypeError("this rule weighs losses: pass losses, a Jacobian is not enough")
+        return self._losses
+
+    @property
+    def gram(self) -> Tensor:
+        if self._gram is None:
+            if self.rows is None:
+                raise TypeError("this rule weighs gradients: pass a Jacobian or a Gram matrix")
+            self._gram = gram_matrix(self.rows)
+        return self._gram
+
+    def blank(self, ok: Tensor) -> None:
+        """Replace what a rule sees by harmless values where the 0-dimensional `ok` is false."""
+        if self._losses is not None:
+            self._losses = torch.where(ok, self._losses, 1.0)
+        if self._gram is not None:
+            self._gram = torch.where(ok, self._gram, torch.eye(len(self._gram)).to(self._gram))
+        elif self.rows is not None:
+            self.rows = torch.where(ok, self.rows, 0.0)
+
+
+@dataclass
+class Info:
+    """What one step did. Tensors stay on the device, so reading them is the caller's choice.
+
+    Attributes:
+        losses: (K,), detached; as given, so absent tasks keep their value.
+        weights: (K,) factors of the raw task gradients in the shared step, zero for absent tasks;
+            None where a rule has no weights.
+        gram: (n, n) float64 Gram matrix of the present tasks; None where none was computed.
+        finite: 0-dimensional bool; False where the step was skipped.
+    """
+
+    losses: Tensor
+    weights: Tensor | None
+    gram: Tensor | None
+    finite: Tensor
+
+
+class Method:
+    """A rule that turns K task gradients into one step; base class of all methods.
+
+    A subclass sets the class attributes and writes `_rule`, and `_initial_state` if it has state.
+    State lives in ``self._state`` as tensors and is replaced, never changed in place, so that a
+    skipped step can put the old state back.
+
+    Args:
+        head_gradients: what head k receives: "raw", dL_k/dphi_k, or "weighted", the same times
+            the task's weight. The default is what the method's paper does.
+        seed: of a random rule's generator; None for a rule that draws nothing.
+    """
+
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    year: ClassVar[int] = 0
+    family: ClassVar[str] = "gradient"  # "loss", "gradient" or "schedule"
+    sees: ClassVar[str] = "gram"  # natural input of the rule: "losses", "gram" or "rows"
+    passes: ClassVar[str] = "K"  # backward passes through the trunk per step
+    memory: ClassVar[str] = "K x P"  # beyond equal weighting
+    state: ClassVar[str] = "none"
+    syncs: ClassVar[bool] = False  # whether the rule itself waits for the device
+    feature_level: ClassVar[bool] = True  # whether the rule may look at dL_k/dz
+    n_tasks: ClassVar[int | None] = None  # number of tasks, where the method demands one
+    # What holds as an equality for `direction`, and is checked for every method by the tests:
+    # "scale" d(cJ) = c d(J); "permutation" of the tasks; "rotation" of parameter space.
+    properties: ClassVar[frozenset[str]] = frozenset({"scale", "permutation", "rotation"})
+
+    def __init__(self, *, head_gradients: str = "raw", seed: int | None = None) -> None:
+        if head_gradients not in ("raw", "weighted"):
+            raise ValueError(f"expected head_gradients 'raw' or 'weighted', got {head_gradients!r}")
+        self.head_gradients = head_gradients
+        # Drawn on the host on every device, so that a seed means the same numbers everywhere.
+        self._generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self._state: dict[str, Tensor] = {}
+        self._pending: list[tuple[Tensor, torch.cuda.Event, list[int]]] = []
+
+    # What a method defines ------------------------------------------------------------------
+
+    def _rule(self, view: View) -> Tensor | None:
+        """Weights (n,) in float64 of the present tasks; advances the state by one step.
+
+        None where the step is no combination of the rows; `_combine` then makes it.
+        """
+        raise NotImplementedError
+
+    def _initial_state(self, view: View) -> dict[str, Tensor]:
+        """State before the first step, for `view.n_tasks` tasks."""
+        return {}
+
+    def _head_weights(self, weights: Tensor | None) -> Tensor | None:
+        """Factors (n,) of the head gradients; None for one."""
+        return None if self.head_gradients == "raw" else weights
+
+    def next_epoch(self) -> None:
+        """Tell the method that an epoch ends; most methods do nothing."""
+
+    # The rule by itself ---------------------------------------------------------------------
+
+    def weights(self, x: Tensor, *, losses: Tensor | None = None) -> Tensor:
+        """Weights of the tasks, from the natural input of the rule (class attribute `sees`).
+
+        For a method with state, one call is one step.
+
+        Args:
+            x: losses (K,), Gram matrix (K, K) or Jacobian (K, P), as `sees` says.
+            losses: (K,), for rules that look at losses beside the gradients.
+
+        Returns:
+            Tensor (K,), dtype of `x`.
+
+        Raises:
+            ValueError: wrong shape.
+            FloatingPointError: a non-finite entry, with the task; the state is unchanged.
+        """
+        dims = {"losses": "(K,)", "gram": "(K, K)", "rows": "(K, P)"}[self.sees]
+        square = self.sees != "gram" or x.shape[:1] == x.shape[1:]
+        if x.dim() != (1 if self.sees == "losses" else 2) or not square or x.shape[0] == 0:
+            raise ValueError(
+                f"{self.name}: expected {self.sees} of shape {dims}, got {tuple(x.shape)}"
+            )
+        inputs: dict[str, Any] = {"losses": losses, self.sees: x.detach()}
+        with torch.no_grad():
+            weights, _, _ = self._solve(View(**inputs))
+        if weights is None:
+            raise TypeError(f"{self.name}: has no weights, its step is made per coordinate")
+        return weights.to(x.dtype)
+
+    def direction(self, jacobian: Tensor, *, losses: Tensor | None = None) -> Tensor:
+        """The step that the optimiser subtracts, from the Jacobian alone.
+
+        For a method with state, one call is one step.
+
+        Args:
+            jacobian: task gradients (K, P), one row per task.
+            losses: (K,), needed by rules that weigh losses.
+
+        Returns:
+            Tensor (P,), dtype and device of `jacobian`.
+
+        Raises:
+            ValueError: `jacobian` is not a floating-point matrix with at least one row.
+            TypeError: the rule needs losses and got none.
+            FloatingPointError: a non-finite entry, with the task; the state is unchanged.
+        """
+        if jacobian.dim() != 2 or not jacobian.is_floating_point() or jacobian.shape[0] == 0:
+            raise ValueError(
+                f"{self.name}: expected a floating-point Jacobian (K, P), got "
+                f"{jacobian.dtype} of shape {tuple(jacobian.shape)}"
+            )
+        jacobian = jacobian.detach()
+        with torch.no_grad():
+            weights, _, _ = self._solve(View(rows=jacobian, losses=losses))
+            return self._combine(weights, jacobian)
+
+    def _combine(self, weights: Tensor | None, rows: Tensor) -> Tensor:
+        """Step (P,) from weights (n,) and rows (n, P)."""
+        assert weights is not None
+        return weights.to(rows.dtype) @ rows
+
+    # One step of training -------------------------------------------------------------------
+
+    def backward(
+        self,
+        losses: Losses,
+        *,
+        shared: Iterable[Tensor] | None = None,
+        heads: Sequence[Iterable[Tensor]] | None = None,
+        features: Tensor | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Info:
+        """Fill ``.grad`` of shared and head parameters, in place of ``losses.sum().backward()``.
+
+        Args:
+            losses: tensor (K,) or K scalar tensors. A loss without graph marks a task that is
+                absent from this batch: weight zero, state untouched.
+            shared: shared parameters. Without it: every leaf that at least two losses depend on.
+            heads: parameters of each task's head. Without it: every other leaf of the graph.
+            features: shared representation z of the whole batch. With it, a gradient-balancing
+                rule looks at dL_k/dz, flattened over batch and features, and the trunk is
+                differentiated once (feature level). Rules that look at losses ignore it.
+            scaler: gradient scaler, for float16. The rule sees unscaled gradients, ``.grad`` is
+                left scaled for ``scaler.step``; after an overflow it holds infinities, so that
+                the scaler skips the step, and the state is what it was.
+
+        Returns:
+            `Info`, with tensors on the device.
+
+        Raises:
+            ValueError: see `LossGraph`.
+            FloatingPointError: a task's loss or gradient is not finite and there is no scaler.
+                On the CPU at once, with ``.grad`` and state untouched; on an accelerator that
+                step is made zero, state untouched, and the error comes with a later call, since
+                asking at once would stall the device.
+        """
+        self._raise_pending()
+        if features is not None and not self.feature_level:
+            raise ValueError(
+                f"{self.name}: expected no features, since the method has no feature level, got "
+                f"features of shape {tuple(features.shape)}; leave them out"
+            )
+        graph = LossGraph(losses, features)
+        scale = None if scaler is None else scaler.scale(torch.ones((), device=graph.values.device))
+        with torch.no_grad(), torch.autocast(graph.values.device.type, enabled=False):
+            if self.sees == "losses":
+                return self._backward_losses(graph, shared, heads, scale)
+            graph.partition(shared, heads)
+            return self._backward_rows(graph, scale)
+
+    def _backward_losses(
+        self,
+        graph: LossGraph,
+        shared: Iterable[Tensor] | None,
+        heads: Sequence[Iterable[Tensor]] | None,
+        scale: Tensor | None,
+    ) -> Info:
+        """Weights first, then one backward pass of the weighted losses."""
+        losses = graph.values[graph.present]
+        view = View(losses=losses, tasks=graph.present, n_tasks=graph.n_tasks)
+        weights, _, ok = self._solve(view, masked=scale is not None)
+        assert weights is not None
+        factors = weights if scale is None else torch.where(ok, weights * scale, torch.inf)
+        outputs = [factor.to(losses.dtype) for factor in factors]
+        if self.head_gradients == "weighted" and heads is None:
+            torch.autograd.backward(graph.edges, outputs)
+        elif self.head_gradients == "weighted":
+            graph.partition(shared, heads)
+            inputs = {id(p): p for group in (graph.shared, *graph.heads) for p in group}
+            torch.autograd.backward(graph.edges, outputs, inputs=list(inputs.values()))
+        else:
+            graph.partition(shared, heads)
+            gradients = torch.autograd.grad(
+                graph.edges, graph.shared, outputs, retain_graph=True, allow_unused=True
+            )
+            graph.add_heads(graph.head_gradients(scale), None, None)
+            add_gradient(graph.shared, gradients)
+        return self._info(graph, weights, None, ok)
+
+    def _backward_rows(self, graph: LossGraph, scale: Tensor | None) -> Info:
+        """One backward pass per task, then weights, then the weighted rows."""
+        rows, head_gradients = graph.rows_and_head_gradients(scale)
+        losses = graph.values[graph.present]
+        view = View(losses=losses, rows=rows, tasks=graph.present, n_tasks=graph.n_tasks)
+        weights, head_weights, ok = self._solve(view, masked=scale is not None)
+        direction = self._combine(weights, rows)
+        skip = None
+        if scale is not None:
+            direction = torch.where(ok, direction * scale.to(direction.dtype), torch.inf)
+        elif direction.device.type != "cpu":
+            direction, skip = torch.where(ok, direction, 0.0), ok
+        graph.add_shared(direction)
+        graph.add_heads(head_gradients, head_weights, skip)
+        return self._info(graph, weights, view.known_gram, ok)
+
+    def step(
+        self,
+        closure: Closure,
+        optimizer: torch.optim.Optimizer,
+        *,
+        shared: Iterable[Tensor] | None = None,
+        heads: Sequence[Iterable[Tensor]] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Info:
+        """One training step: closure, zero the gradients, `backward`, optimiser step.
+
+        Args:
+            closure: computes and returns the losses (K,) of the current batch, or the pair
+                (losses, features) for the feature level.
+            optimizer: optimiser over shared and head parameters.
+            shared, heads, scaler: as in `backward`.
+
+        Returns:
+            `Info` of the step.
+        """
+        with torch.enable_grad():
+            output = closure()
+        losses, features = split_closure_output(output)
+        optimizer.zero_grad(set_to_none=True)
+        info = self.backward(losses, shared=shared, heads=heads, features=features, scaler=scaler)
+        optimizer_step(optimizer, scaler)
+        return info
+
+    # State ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on besides the model: a dict of tensors."""
+        state = {k: v.clone() for k, v in self._state.items()}
+        saved: dict[str, Any] = {"method": self.name, "state": state}
+        if self._generator is not None:
+            saved["generator"] = self._generator.get_state()
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave, into an object created with the same settings.
+
+        Raises:
+            ValueError: the state is another method's.
+        """
+        if state_dict.get("method") != self.name:
+            raise ValueError(
+                f"expected a state of {self.name}, got one of {state_dict.get('method')}; "
+                "create the method that wrote the state"
+            )
+        self._state = {k: v.clone() for k, v in state_dict["state"].items()}
+        if self._generator is not None:
+            self._generator.set_state(state_dict["generator"].cpu())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Arguments that create this method again."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{k}={v!r}" for k, v in self.settings.items())
+        return f"{type(self).__name__}({settings})"
+
+    # How a rule is run safely ---------------------------------------------------------------
+
+    def _solve(
+        self, view: View, masked: bool = False
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Run the rule: weights (n,), head weights, and whether all input was finite.
+
+        On an accelerator, and under a gradient scaler (`masked`), a bad step is blanked out by
+        masks in place of an exception.
+        """
+        finite = torch.ones(len(view.tasks), dtype=torch.bool, device=view.device)
+        if view.has_losses:
+            finite = finite & view.losses.isfinite()
+        if view.rows is None:
+            if view.known_gram is not None:
+                finite = finite & view.gram.isfinite().all(1)
+        elif self.sees == "rows":
+            finite = finite & torch.linalg.vector_norm(view.rows, torch.inf, dim=1).isfinite()
+        elif self.sees == "gram":
+            finite = finite & view.gram.diagonal().isfinite()
+        ok = finite.all()
+        if view.device.type == "cpu":
+            if not masked and not ok:
+                self._raise(finite.tolist(), view.tasks, "this step was not taken")
+            blank = not ok
+        else:
+            blank = True
+            if not masked:
+                self._remember(finite, view.tasks)
+        if not self._state:
+            self._state = self._initial_state(view)
+        before = self._state
+        drawn = None if self._generator is None else self._generator.get_state()
+        if blank:
+            view.blank(ok)
+        weights = self._rule(view)
+        head_weights = self._head_weights(weights)
+        if blank:
+            self._state = {k: torch.where(ok, v, before[k]) for k, v in self._state.items()}
+            if self._generator is not None and view.device.type == "cpu":
+                assert drawn is not None
+                self._generator.set_state(drawn)
+            if head_weights is not None:
+                head_weights = torch.where(ok, head_weights, 0.0)
+        return weights, head_weights, ok
+
+    def _info(
+        self, graph: LossGraph, weights: Tensor | None, gram: Tensor | None, ok: Tensor
+    ) -> Info:
+        full = weights
+        if weights is not None and len(graph.present) < graph.n_tasks:
+            full = weights.new_zeros(graph.n_tasks)
+            full[graph.present] = weights
+        return Info(graph.values, full, gram, ok)
+
+    def _raise(self, finite: list[bool], tasks: Sequence[int], what: str) -> None:
+        bad = [k for k, fine in zip(tasks, finite, strict=True) if not fine]
+        raise FloatingPointError(
+            f"{self.name}: expected finite losses and gradients, got a non-finite one for task "
+            f"{', '.join(map(str, bad))}; {what}. Look at that task's loss and data, lower the "
+            "learning rate, or pass scaler= under float16"
+        )
+
+    def _remember(self, finite: Tensor, tasks: list[int]) -> None:
+        """Start copying the flags to the host without waiting for them."""
+        if finite.device.type != "cuda":
+            if not finite.all():
+                self._raise(finite.tolist(), tasks, "this step was not taken")
+            return
+        host = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True)
+        host.copy_(finite, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._pending.append((host, event, tasks))
+
+    def _raise_pending(self) -> None:
+        while self._pending and self._pending[0][1].query():
+            host, _, tasks = self._pending.pop(0)
+            if not host.all():
+                self._pending.clear()
+                self._raise(host.tolist(), tasks, "an earlier step was skipped for it")
+
+
+def split_closure_output(output: Any) -> tuple[Losses, Tensor | None]:
+    """Losses and features from what a closure returned: losses, or (losses, features)."""
+    pair = isinstance(output, tuple) and len(output) == 2
+    if pair and not (isinstance(output[0], Tensor) and output[0].dim() == 0):
+        return output
+    return output, None
+
+
+def optimizer_step(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
+) -> None:
+    """Step the optimiser, through the gradient scaler where there is one."""
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()

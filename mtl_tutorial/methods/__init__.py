@@ -1,0 +1,71 @@
+"""Methods that turn K task losses into one step; one readable file per paper.
+
+`available` names them, `create` makes one by its name. A method that is added to `CLASSES` is
+listed, documented and tested with all others.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+from ..gradients import Info, Method
+from .aligned_mtl import AlignedMTL
+from .equal import Equal
+from .excess_mtl import ExcessMTL
+from .imtl import IMTL, IMTLG, IMTLL
+from .independent import Independent
+
+__all__ = [
+    "CLASSES",
+    "IMTL",
+    "IMTLG",
+    "IMTLL",
+    "AlignedMTL",
+    "Equal",
+    "ExcessMTL",
+    "Independent",
+    "Info",
+    "Method",
+    "available",
+    "create",
+]
+
+CLASSES: dict[str, type[Method]] = {
+    cls.name: cls for cls in (Equal, ExcessMTL, AlignedMTL, IMTLG, IMTLL, IMTL, Independent)
+}
+
+
+def available() -> list[str]:
+    """Names of all methods, sorted."""
+    return sorted(CLASSES)
+
+
+def create(name: str, **settings: Any) -> Method:
+    """Make a method by its name.
+
+    Args:
+        name: one of `available`.
+        **settings: keyword arguments of the method's class, for example ``scale="median"``.
+
+    Raises:
+        ValueError: no method of that name, with the nearest names; or a setting's value is bad.
+        TypeError: the method has no such setting, with the nearest setting and all settings.
+    """
+    if name not in CLASSES:
+        raise ValueError(f"no method {name!r}; {_nearest(name, available(), 'methods')}")
+    valid = list(inspect.signature(CLASSES[name]).parameters)
+    for setting in settings:
+        if setting not in valid:
+            raise TypeError(
+                f"method {name!r} has no setting {setting!r}; "
+                f"{_nearest(setting, valid, 'settings')}"
+            )
+    return CLASSES[name](**settings)
+
+
+def _nearest(word: str, valid: list[str], what: str) -> str:
+    near = difflib.get_close_matches(str(word), valid, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return f"{hint}{what}: {', '.join(valid) or 'none'}"
