@@ -39,7 +39,8 @@ TOP_LEVEL = {
 }
 
 # A folder of somebody's machine, not part of a longer path, of an address or of a pattern. Found
-# also as kernels' temporary folders, which notebooks keep in committed warnings.
+# also as kernels' temporary folders, which notebooks keep in committed warnings. The user "ada"
+# is made up: tests of such checks need an example.
 MACHINE_PATH = re.compile(
     r"(?<![\w.~-])(?<!:/)/(?:root|work|home|Users|mnt)/(?!ada\b)\w"
     r"|/tmp/ipykernel_\d"
