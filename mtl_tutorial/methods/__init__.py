@@ -6,10 +6,10 @@ listed, documented and tested with all others.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from typing import Any
 
+from .. import names
 from ..gradients import Info, Method
 from .aligned_mtl import AlignedMTL
 from .equal import Equal
@@ -54,18 +54,12 @@ def create(name: str, **settings: Any) -> Method:
         TypeError: the method has no such setting, with the nearest setting and all settings.
     """
     if name not in CLASSES:
-        raise ValueError(f"no method {name!r}; {_nearest(name, available(), 'methods')}")
+        raise ValueError(f"no method {name!r}; {names.nearest(name, available(), 'methods')}")
     valid = list(inspect.signature(CLASSES[name]).parameters)
     for setting in settings:
         if setting not in valid:
             raise TypeError(
                 f"method {name!r} has no setting {setting!r}; "
-                f"{_nearest(setting, valid, 'settings')}"
+                f"{names.nearest(setting, valid, 'settings')}"
             )
     return CLASSES[name](**settings)
-
-
-def _nearest(word: str, valid: list[str], what: str) -> str:
-    near = difflib.get_close_matches(str(word), valid, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return f"{hint}{what}: {', '.join(valid) or 'none'}"

@@ -1,0 +1,98 @@
+"""What is measured: metrics of one task, and the two figures that compare whole methods.
+
+A `Metric` is a sum over examples and a last step, so that evaluating in batches of any size gives
+the same number as evaluating at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of one task.
+
+    Attributes:
+        name: as in tables.
+        higher_is_better: direction of improvement.
+        statistics: (output, target) of a batch to a tensor that is summed over batches.
+        finish: the summed statistics to the number; NaN where nothing was counted.
+    """
+
+    name: str
+    higher_is_better: bool
+    statistics: Callable[[Tensor, Tensor], Tensor]
+    finish: Callable[[Tensor], float]
+
+
+def ratio(total: Tensor) -> float:
+    """First entry divided by the second; NaN for an empty count."""
+    return float(total[0] / total[1]) if total[1] > 0 else float("nan")
+
+
+def _correct(output: Tensor, target: Tensor) -> Tensor:
+    hits = (output.argmax(1) == target).sum()
+    return torch.stack([100.0 * hits.double(), hits.new_tensor(target.numel()).double()])
+
+
+def _value(output: Tensor, target: Tensor) -> Tensor:
+    return torch.stack([output.detach().double().sum(), output.new_tensor(output.numel()).double()])
+
+
+ACCURACY = Metric("accuracy", True, _correct, ratio)
+"""Share of right classes in percent, from logits (B, C) and labels (B,)."""
+
+VALUE = Metric("loss", False, _value, ratio)
+"""The task's output itself, for problems whose outputs are losses."""
+
+Scores = Mapping[str, Mapping[str, float]]  # task -> metric -> value
+
+
+def delta_m(scores: Scores, baseline: Scores, higher: Mapping[str, Mapping[str, bool]]) -> float:
+    """Mean relative drop against the single-task baseline in percent; lower is better.
+
+    ``100 / M * sum_i s_i (M_i - B_i) / B_i`` over all M metrics of all tasks, with s_i = -1 where
+    higher is better and +1 elsewhere (Maninis et al. 2019; Nash-MTL and FAMO print this form).
+
+    Args:
+        scores: task -> metric -> value of the method.
+        baseline: the same of single-task learning.
+        higher: the same, whether higher is better.
+
+    Returns:
+        Percentage; NaN where a baseline is zero or a value is missing.
+    """
+    drops = []
+    for task, metrics in higher.items():
+        for metric, up in metrics.items():
+            ours = scores.get(task, {}).get(metric, float("nan"))
+            base = baseline.get(task, {}).get(metric, float("nan"))
+            drops.append((-1 if up else 1) * (ours - base) / base if base else float("nan"))
+    return 100 * float(np.mean(drops)) if drops else float("nan")
+
+
+def mean_rank(table: Sequence[Scores], higher: Mapping[str, Mapping[str, bool]]) -> list[float]:
+    """Mean over all metrics of each method's rank; 1 is best, ties share the mean of their ranks.
+
+    Args:
+        table: scores of each method.
+        higher: whether higher is better, per task and metric.
+
+    Returns:
+        One mean rank per method; a missing or NaN value ranks last.
+    """
+    ranks = []
+    for task, metrics in higher.items():
+        for metric, up in metrics.items():
+            values = np.array([s.get(task, {}).get(metric, np.nan) for s in table], dtype=float)
+            keys = np.nan_to_num(-values if up else values, nan=np.inf)
+            below = (keys[None, :] < keys[:, None]).sum(1)
+            equal = (keys[None, :] == keys[:, None]).sum(1)
+            ranks.append(below + (equal + 1) / 2)
+    return [float(r) for r in np.mean(ranks, axis=0)] if ranks else [float("nan")] * len(table)
