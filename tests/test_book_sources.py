@@ -134,6 +134,26 @@ def test_modules_on_the_api_page_can_be_imported():
         importlib.import_module(module)
 
 
+@pytest.fixture
+def local_mathjax(monkeypatch):
+    pytest.importorskip("sphinx", reason="the extension belongs to the book's tools")
+    monkeypatch.syspath_prepend(BOOK / "_ext")
+    return importlib.import_module("local_mathjax")
+
+
+def test_missing_mathjax_package_is_named(local_mathjax, monkeypatch):
+    monkeypatch.setattr(local_mathjax, "PACKAGE", "no-such-package-for-formulae")
+    with pytest.raises(local_mathjax.ExtensionError, match=r"pip install -e '.\[book\]'"):
+        local_mathjax.mathjax_source()
+
+
+def test_incomplete_mathjax_package_is_named(local_mathjax, monkeypatch):
+    pytest.importorskip("sphinx_book_theme", reason="the book's tools are not installed")
+    monkeypatch.setattr(local_mathjax, "WANTED", ("tex-chtml.js", "no-such-file.js"))
+    with pytest.raises(local_mathjax.ExtensionError, match=r"got no no-such-file\.js"):
+        local_mathjax.mathjax_source()
+
+
 def run_execute(*arguments: str, budget: str = "") -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"MTL_TUTORIAL_BUDGET": budget}
     command = [sys.executable, str(EXECUTE), *arguments]
