@@ -12,28 +12,67 @@ from typing import Any
 from .. import names
 from ..gradients import Info, Method
 from .aligned_mtl import AlignedMTL
+from .dwa import DWA
 from .equal import Equal
 from .excess_mtl import ExcessMTL
+from .famo import FAMO
+from .geometric import Geometric
+from .gradnorm import GradNorm
+from .group_dro import GroupDRO
 from .imtl import IMTL, IMTLG, IMTLL
 from .independent import Independent
+from .rlw import RLW
+from .scale_invariant import ScaleInvariant
+from .slaw import SLAW
+from .stch import STCH
+from .uncertainty import Uncertainty
 
 __all__ = [
     "CLASSES",
+    "DWA",
+    "FAMO",
     "IMTL",
     "IMTLG",
     "IMTLL",
+    "RLW",
+    "SLAW",
+    "STCH",
     "AlignedMTL",
     "Equal",
     "ExcessMTL",
+    "Geometric",
+    "GradNorm",
+    "GroupDRO",
     "Independent",
     "Info",
     "Method",
+    "ScaleInvariant",
+    "Uncertainty",
     "available",
     "create",
 ]
 
 CLASSES: dict[str, type[Method]] = {
-    cls.name: cls for cls in (Equal, ExcessMTL, AlignedMTL, IMTLG, IMTLL, IMTL, Independent)
+    cls.name: cls
+    for cls in (
+        Equal,
+        ExcessMTL,
+        AlignedMTL,
+        IMTLG,
+        IMTLL,
+        IMTL,
+        Independent,
+        DWA,
+        FAMO,
+        Geometric,
+        GradNorm,
+        GroupDRO,
+        RLW,
+        ScaleInvariant,
+        SLAW,
+        STCH,
+        Uncertainty,
+    )
 }
 
 
