@@ -29,7 +29,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 Losses = Tensor | Sequence[Tensor]
 Closure = Callable[..., Any]
 
-_BLOCK = 8192  # columns whose products are summed in float32 before the total goes on in float64
+_BLOCK = 1024  # columns whose products are summed in float32 before the total goes on in float64
 
 
 # ------------------------------------------------------------------------- tensors to tensors
@@ -38,7 +38,7 @@ _BLOCK = 8192  # columns whose products are summed in float32 before the total g
 def gram_matrix(rows: Tensor) -> Tensor:
     """Gram matrix ``rows @ rows.T`` in float64, without a float64 copy of the rows.
 
-    Products are summed in float32 over blocks of 8192 columns and the block sums are added in
+    Products are summed in float32 over blocks of 1024 columns and the block sums are added in
     float64: over millions of columns this keeps about 7 digits, where one float32 product keeps 3.
 
     Args:
