@@ -205,3 +205,68 @@ def test_missing_chapter_is_named(tmp_path):
     result = run_execute(str(tmp_path / "no.ipynb"))
     assert result.returncode == 2
     assert "no.ipynb" in result.stderr
+
+
+@pytest.fixture
+def package_pages(monkeypatch):
+    pytest.importorskip("sphinx", reason="the extension belongs to the book's tools")
+    monkeypatch.syspath_prepend(BOOK / "_ext")
+    return importlib.import_module("package_pages")
+
+
+def test_every_module_of_the_package_has_a_section(package_pages):
+    text = read(BOOK / "api.md") + read(BOOK / "api_methods.md")
+    source = [text]
+    package_pages.fill_marks(None, "book/api", source)
+    packages = ("mtl_tutorial", "mtl_tutorial.methods", "mtl_tutorial.benchmarks")
+    for package in packages:
+        for path in ROOT.joinpath(*package.split(".")).glob("[!_]*.py"):
+            assert f"automodule:: {package}.{path.stem}\n" in source[0]
+
+
+def test_mark_with_an_unknown_module_is_refused(package_pages):
+    source = ["<!-- modules: mtl_tutorial.methods imtl imtk -->"]
+    with pytest.raises(package_pages.ExtensionError, match=r"expected modules imtl imtk"):
+        package_pages.fill_marks(None, "book/api", source)
+
+
+def test_section_titles(package_pages):
+    assert package_pages.title("imtl", "IMTL: impartial learning.") == "IMTL (`imtl`)"
+    assert package_pages.title("names", "Help for a mistyped name.") == "`names`"
+
+
+def test_formulae_of_a_docstring_are_shown_unchanged(package_pages):
+    lines = [
+        "The step is",
+        "",
+        "    d = |x| * e^-1,",
+        "",
+        "    y = *z*",
+        "",
+        "where |x| is not ``|y|``.",
+        "",
+        "* an item",
+        "",
+        "      with a paragraph of its own",
+        "",
+        "Args:",
+        "    x: a number.",
+    ]
+    assert package_pages.plain_formulae(lines) == [
+        "The step is",
+        "",
+        "::",
+        "",
+        "    d = |x| * e^-1,",
+        "",
+        "    y = *z*",
+        "",
+        r"where \|x\| is not ``|y|``.",
+        "",
+        "* an item",
+        "",
+        "      with a paragraph of its own",
+        "",
+        "Args:",
+        "    x: a number.",
+    ]
