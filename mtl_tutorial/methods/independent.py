@@ -144,9 +144,9 @@ class Independent(Method):
 
         Args:
             closure: computes and returns the losses (K,) of the batch; it is called once per
-                group. If it takes an argument, it is given the group's task indices (None for
-                all tasks) and may return the losses of these tasks alone, which saves the other
-                heads' forward passes.
+                group. If it has a positional argument without default, it is given the group's
+                task indices (None for all tasks) and may return the losses of these tasks alone,
+                which saves the other heads' forward passes.
             optimizer: optimiser over shared and head parameters; with individual optimisers, the
                 pattern of the copies, itself never stepped.
             shared, heads: not needed.
@@ -160,7 +160,12 @@ class Independent(Method):
                 scaler, at once. Earlier groups of the batch have stepped by then.
         """
         self._raise_pending()
-        takes_tasks = bool(inspect.signature(closure).parameters)
+        takes_tasks = any(
+            # Not ``lambda batch=batch: ...``, whose argument is the caller's own.
+            argument.default is argument.empty
+            and argument.kind in (argument.POSITIONAL_ONLY, argument.POSITIONAL_OR_KEYWORD)
+            for argument in inspect.signature(closure).parameters.values()
+        )
         if not self.groups:
             with torch.no_grad():
                 output = closure(None) if takes_tasks else closure()
