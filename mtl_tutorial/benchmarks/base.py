@@ -171,7 +171,7 @@ class Benchmark:
     def losses(
         self, model: nn.Module, batch: Any, tasks: Sequence[int] | None = None
     ) -> tuple[Losses, Tensor | None]:
-        """Losses of the given tasks (default all), and the shared representation if there is one."""
+        """Losses of the given tasks (default all), and the shared representation or None."""
         inputs, targets = batch
         chosen = range(len(self.tasks)) if tasks is None else tasks
         if isinstance(model, HardSharing):

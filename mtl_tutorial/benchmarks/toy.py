@@ -1,4 +1,4 @@
-"""The two-objective landscape on which gradient balancing is usually drawn; two parameters, no data.
+"""The two-objective landscape on which gradient balancing is usually drawn: two parameters.
 
 Introduced with CAGrad (Liu et al., NeurIPS 2021) and used by Nash-MTL and Aligned-MTL. Both
 objectives have a steep valley above ``x2 = 0`` and a shallow bowl below; along the valleys the
@@ -11,7 +11,7 @@ and ``c2 = max(tanh(-x2 / 2), 0)``
           + c2 (((7 + x1)^2 + (x2 + 8)^2 / 10) / 10 - 20)
 
 These are the formulas of the published code; Aligned-MTL's text prints other signs. The Pareto set
-is the segment ``x2 = about -8.3, -7 <= x1 <= 7``, close to it at least.
+is a flat arc from (-7, -8.43) over (0, -8.36) to (7, -8.43).
 """
 
 from __future__ import annotations

@@ -1,0 +1,299 @@
+"""The command ``mtl-tutorial``: thin, calls what a script could call.
+
+Heavy imports happen inside the commands, so that ``--help`` is instant. A wrong argument gives one
+line on standard error and exit code 2; an interrupted sweep keeps what is done and exits with 130.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from .training import Cell, Outcome
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+folder_argument = click.argument("folder", type=click.Path(path_type=Path))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mtl-tutorial", message="%(prog)s %(version)s")
+def app() -> None:
+    """One Network, Many Losses: run, compare and plot multi-task optimisation methods."""
+
+
+@app.command("list")
+@json_option
+def list_command(as_json: bool) -> None:
+    """List methods with their papers, and benchmarks with the data they need."""
+    from . import benchmarks, methods
+
+    method_rows = [
+        {
+            "method": name,
+            "family": cls.family,
+            "paper": cls.paper,
+            "year": cls.year,
+            "backward passes": cls.passes,
+            "extra memory": cls.memory,
+            "state": cls.state,
+            "waits for device": "yes" if cls.syncs else "no",
+        }
+        for name, cls in sorted(methods.CLASSES.items())
+    ]
+    benchmark_rows = [
+        {
+            "benchmark": name,
+            "title": cls.title,
+            "tasks": len(cls.tasks),
+            "data": "nothing to download" if cls.embedded else cls.source,
+            "here": "yes" if cls.embedded else "no",
+        }
+        for name, cls in sorted(benchmarks.CLASSES.items())
+    ]
+    if as_json:
+        click.echo(json.dumps({"methods": method_rows, "benchmarks": benchmark_rows}))
+        return
+    click.echo(_grid(method_rows))
+    click.echo("")
+    click.echo(_grid(benchmark_rows))
+
+
+@app.command()
+@click.argument("benchmark")
+@click.option(
+    "--methods",
+    default="single_task,equal,aligned_mtl,imtl_g",
+    show_default=True,
+    help="Comma-separated methods, each with optional settings: name:setting=value:setting=value. "
+    "`single_task` is the baseline, `all` is everything.",
+)
+@click.option("--seeds", default=3, show_default=True, help="Number of seeds: 0 to N - 1.")
+@click.option("--budget", default="quick", show_default=True, help="quick or full.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("results"),
+    show_default=True,
+    help="Folder for result files.",
+)
+@click.option("--threads", default=1, show_default=True, help="Torch's threads on the CPU.")
+@json_option
+def run(
+    benchmark: str,
+    methods: str,
+    seeds: int,
+    budget: str,
+    device: str,
+    out: Path,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Train methods on BENCHMARK.
+
+    Finished runs are kept and an interrupted one goes on from its last epoch, so the same command
+    can be given again at any time.
+    """
+    from . import benchmarks as benches
+    from . import results, training
+
+    bench = benches.create(benchmark)
+    if budget not in bench.protocols:
+        raise ValueError(f"expected budget {' or '.join(bench.protocols)}, got {budget!r}")
+    if seeds < 1:
+        raise ValueError(f"expected --seeds of 1 or more, got {seeds}")
+    if threads < 1:
+        raise ValueError(f"expected --threads of 1 or more, got {threads}")
+    chosen = training.pick_device(device)
+    if chosen.type == "cpu":
+        import torch
+
+        torch.set_num_threads(threads)
+    specs, left_out = training.fitting(training.parse_specs(methods), len(bench.tasks), methods)
+    for why in left_out:
+        click.echo(why, err=True)
+    cells = [
+        training.Cell(benchmark, budget, bench.protocols[budget], spec, seed)
+        for seed in range(seeds)
+        for spec in specs
+    ]
+    done = _run_cells(cells, out, str(chosen), quiet=as_json)
+    paths = {str(cell.path(out)) for cell in cells}
+    if as_json:
+        click.echo(json.dumps({"results": sorted(paths), "out": str(out)}))
+    else:
+        click.echo(f"{done} of {len(cells)} runs are done; results in {out}")
+        found = [o for cell in cells if (o := training.finished(cell.path(out))) is not None]
+        for table in results.tables(found):
+            click.echo(f"\n{results.render(table)}")
+
+
+@app.command()
+@folder_argument
+@click.option(
+    "--format", "form", default="text", show_default=True, help="text, markdown, csv, latex, json."
+)
+@json_option
+def table(folder: Path, form: str, as_json: bool) -> None:
+    """Print the tables of all result files below FOLDER."""
+    from . import results
+
+    form = "json" if as_json else form
+    if form not in results.TABLE_FORMATS:
+        raise ValueError(f"expected --format {', '.join(results.TABLE_FORMATS)}, got {form!r}")
+    found, complaints = results.load_results(folder)
+    for complaint in complaints:
+        click.echo(complaint, err=True)
+    if not found:
+        raise ValueError(f"expected result files below {folder}, found none; run something first")
+    click.echo("\n\n".join(results.render(t, form) for t in results.tables(found)))
+
+
+@app.command()
+@folder_argument
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Folder for figures; default: `figures` below FOLDER.",
+)
+@json_option
+def plot(folder: Path, out: Path | None, as_json: bool) -> None:
+    """Write comparison, learning-curve, weight and cosine figures, and say where."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from . import plots
+
+    written = plots.save_all(folder, out if out is not None else folder / "figures")
+    if as_json:
+        click.echo(json.dumps({"figures": [str(path) for path in written]}))
+    else:
+        for path in written:
+            click.echo(f"figure written: {path}")
+
+
+@app.command()
+@json_option
+def info(as_json: bool) -> None:
+    """Print versions, devices and threads, for a bug report."""
+    import platform
+
+    import torch
+
+    from . import training
+
+    facts: dict[str, Any] = {
+        **training.versions(),
+        "platform": platform.platform(),
+        "device": training.describe_device(training.pick_device("auto"))["name"],
+        "cuda": torch.version.cuda if torch.cuda.is_available() else "no device",
+        "threads": torch.get_num_threads(),
+        "commit": training.git_commit() or "no checkout",
+    }
+    if as_json:
+        click.echo(json.dumps(facts))
+    else:
+        click.echo("\n".join(f"{key:13} {value}" for key, value in facts.items()))
+
+
+# ------------------------------------------------------------------------------- how runs show
+
+
+def _run_cells(cells: list[Cell], out: Path, device: str, quiet: bool) -> int:
+    """Run cells with progress bars on a terminal, plain lines elsewhere; how many are done."""
+    import torch
+
+    from . import training
+
+    chosen = torch.device(device)
+    done = 0
+    if quiet:
+        for outcome in training.sweep(cells, out, chosen):
+            done += outcome.status in ("done", "kept")
+        return done
+    if not sys.stderr.isatty():
+        for i, outcome in enumerate(training.sweep(cells, out, chosen), 1):
+            done += outcome.status in ("done", "kept")
+            click.echo(f"[{i}/{len(cells)}] {_sentence(outcome)}")
+        return done
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description:42}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as bars:
+        every = bars.add_task("runs", total=len(cells))
+        one = bars.add_task("", total=1)
+
+        def show(cell: Cell, epoch: int, epochs: int) -> None:
+            what = f"{cell.spec.label} seed {cell.seed}"
+            bars.update(one, description=what, completed=epoch, total=epochs)
+
+        for outcome in training.sweep(cells, out, chosen, show):
+            done += outcome.status in ("done", "kept")
+            bars.advance(every)
+            bars.console.print(_sentence(outcome), highlight=False, markup=False)
+    return done
+
+
+def _sentence(outcome: Outcome) -> str:
+    what = f"{outcome.cell.spec.label} seed {outcome.cell.seed}"
+    result = outcome.result
+    if outcome.status == "elsewhere":
+        return f"{what}: left to another process that is running it"
+    assert result is not None
+    if outcome.status == "failed":
+        return f"{what}: failed, {result['failed']}"
+    scores = ", ".join(
+        f"{task} {metric} {'none' if value is None else f'{value:.2f}'}"
+        for task, metrics in result["test"].items()
+        for metric, value in metrics.items()
+    )
+    kept = " (done before)" if outcome.status == "kept" else f" ({result['seconds']:.1f} s)"
+    return f"{what}: {scores}{kept}"
+
+
+def _grid(rows: list[dict[str, Any]]) -> str:
+    from tabulate import tabulate
+
+    return tabulate(rows, headers="keys", tablefmt="simple")
+
+
+def main() -> None:
+    """Entry point: turns bad input into one line and an exit code."""
+    try:
+        code = app(standalone_mode=False, prog_name="mtl-tutorial")
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        code = 0
+    except click.ClickException as error:
+        code = _fail(error.format_message())
+    except (ValueError, OSError) as error:
+        code = _fail(str(error))
+    except (KeyboardInterrupt, click.Abort):
+        click.echo(
+            "interrupted; finished runs are kept and the current one goes on from its last epoch: "
+            "give the same command again",
+            err=True,
+        )
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> int:
+    click.echo(f"mtl-tutorial: {' '.join(message.split())}", err=True)
+    return 2

@@ -1,0 +1,315 @@
+"""Result files, one JSON file per run, and tables of them.
+
+A file is written to a temporary name and then renamed, so a file that exists is complete. Tables
+and figures read files and nothing else.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+
+from .metrics import Scores, delta_m, mean_rank
+
+FORMAT = 1
+BASELINE = "single_task"
+TABLE_FORMATS = ("text", "markdown", "csv", "latex", "json")
+_REQUIRED = ("format", "benchmark", "label", "seed", "budget", "protocol", "metrics", "finished")
+
+
+# ------------------------------------------------------------------------------- files
+
+
+def identity(benchmark: str, budget: str, protocol: dict[str, Any], run: dict[str, Any]) -> str:
+    """Eight hexadecimal digits that change with everything that defines a run but its seed.
+
+    Device and versions are left out: a finished run is not repeated on another machine.
+    """
+    text = json.dumps([FORMAT, benchmark, budget, protocol, run], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def result_path(root: Path, benchmark: str, budget: str, label: str, seed: int, key: str) -> Path:
+    """Where a run's result file lies below the output folder."""
+    safe = "".join(c if c.isalnum() or c in "-_=.," else "-" for c in label)
+    return root / benchmark / budget / safe / f"seed{seed}-{key}.json"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name in the same folder, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write a result file atomically; NaN becomes null."""
+    text = json.dumps(_plain(result), indent=1, allow_nan=False)
+    write_atomically(path, (text + "\n").encode())
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read a result file.
+
+    Raises:
+        ValueError: the file is not a complete result file of this format.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(
+            f"expected a complete result file, got unreadable JSON in {path} ({error}); "
+            "delete it and run the same command again"
+        ) from None
+    missing = [k for k in _REQUIRED if not isinstance(result, dict) or k not in result]
+    if missing or result["format"] != FORMAT:
+        what = f"no {', '.join(missing)}" if missing else f"format {result['format']}"
+        raise ValueError(
+            f"expected a result file of format {FORMAT}, got {what} in {path}; move it away and "
+            "run the same command again"
+        )
+    return result
+
+
+def load_results(root: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """All result files below a folder, sorted by path, and a complaint per unreadable file.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"expected a folder of result files, got {root}, which does not exist; make one with "
+            "`mtl-tutorial run`"
+        )
+    results, complaints = [], []
+    for path in sorted(root.rglob("seed*.json")):
+        if path.name.startswith("."):
+            continue
+        try:
+            results.append(read_result(path))
+        except ValueError as error:
+            complaints.append(str(error))
+    return results, complaints
+
+
+def _plain(value: Any) -> Any:
+    """The same data with NaN and infinity as null, tuples as lists."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+# ------------------------------------------------------------------------------- tables
+
+
+@dataclass
+class Row:
+    """One method in a table: mean and standard deviation over its seeds."""
+
+    label: str
+    seeds: list[int]
+    scores: dict[str, dict[str, tuple[float, float]]]  # task -> metric -> mean, std
+    delta_m: tuple[float, float]
+    mean_rank: float
+    seconds: float  # per epoch
+    failed: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Table:
+    """All methods of one benchmark under one protocol."""
+
+    benchmark: str
+    budget: str
+    protocol: dict[str, Any]
+    metrics: dict[str, dict[str, bool]]
+    rows: list[Row]
+    devices: list[str]
+    versions: list[str]
+    synthetic: bool
+
+    @property
+    def title(self) -> str:
+        """What stands above the table: benchmark, budget, device, versions."""
+        p = self.protocol
+        made_up = " (synthetic)" if self.synthetic else ""
+        return (
+            f"{self.benchmark}{made_up}, budget {self.budget}: {p['epochs']} epochs, batch "
+            f"{p['batch_size']}, {p['optimizer']} lr {p['lr']:g}, {p['schedule']}; test scores "
+            f"after the {p['report']} epoch; {'; '.join(self.devices)}; {'; '.join(self.versions)}"
+        )
+
+
+def tables(results: Iterable[dict[str, Any]]) -> list[Table]:
+    """Group results by benchmark and protocol, one table each, in order of first appearance."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        key = json.dumps([result["benchmark"], result["budget"], result["protocol"]])
+        groups.setdefault(key, []).append(result)
+    return [_table(group) for group in groups.values()]
+
+
+def _table(results: list[dict[str, Any]]) -> Table:
+    first = results[0]
+    higher: dict[str, dict[str, bool]] = first["metrics"]
+    labels: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        labels.setdefault(result["label"], []).append(result)
+    done = {k: [r for r in v if r["finished"] and r.get("test")] for k, v in labels.items()}
+    means = {k: _mean_scores([r["test"] for r in v], higher) for k, v in done.items() if v}
+    baseline = means.get(BASELINE) if first.get("baseline", True) else None
+    ranked = [k for k in means if k != BASELINE]
+    ranks = dict(zip(ranked, mean_rank([means[k] for k in ranked], higher), strict=True))
+    rows = []
+    for label, runs in labels.items():
+        scores = {
+            task: {m: _mean_std([_score(r["test"], task, m) for r in done[label]]) for m in ms}
+            for task, ms in higher.items()
+        }
+        drops = [delta_m(r["test"], baseline, higher) for r in done[label]] if baseline else []
+        rows.append(
+            Row(
+                label=label,
+                seeds=sorted(r["seed"] for r in done[label]),
+                scores=scores,
+                delta_m=_mean_std(drops if label != BASELINE else []),
+                mean_rank=ranks.get(label, math.nan),
+                seconds=_mean_std([r.get("seconds_per_epoch") for r in done[label]])[0],
+                failed=[f"seed {r['seed']}: {r['failed']}" for r in runs if r.get("failed")],
+            )
+        )
+    rows.sort(key=lambda r: (r.label != BASELINE, r.mean_rank if r.seeds else math.inf, r.label))
+    return Table(
+        benchmark=first["benchmark"],
+        budget=first["budget"],
+        protocol=first["protocol"],
+        metrics=higher,
+        rows=rows,
+        devices=sorted({r.get("device", {}).get("name", "unknown device") for r in results}),
+        versions=sorted({_versions(r) for r in results}),
+        synthetic=bool(first.get("synthetic")),
+    )
+
+
+def _versions(result: dict[str, Any]) -> str:
+    versions = result.get("versions", {})
+    return f"mtl_tutorial {versions.get('mtl_tutorial', '?')}, torch {versions.get('torch', '?')}"
+
+
+def _score(scores: Scores, task: str, metric: str) -> float:
+    value = scores.get(task, {}).get(metric)
+    return math.nan if value is None else float(value)
+
+
+def _mean_scores(
+    runs: Sequence[Scores], higher: dict[str, dict[str, bool]]
+) -> dict[str, dict[str, float]]:
+    return {
+        task: {m: float(np.mean([_score(r, task, m) for r in runs])) for m in metrics}
+        for task, metrics in higher.items()
+    }
+
+
+def _mean_std(values: Sequence[float | None]) -> tuple[float, float]:
+    """Mean and sample standard deviation; NaN where there is nothing to take them of."""
+    numbers = [math.nan if v is None else float(v) for v in values]
+    mean = float(np.mean(numbers)) if numbers else math.nan
+    return mean, float(np.std(numbers, ddof=1)) if len(numbers) > 1 else math.nan
+
+
+def cells(table: Table) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a table as text; an empty cell was not run."""
+    names = [(task, m, up) for task, ms in table.metrics.items() for m, up in ms.items()]
+    header = [
+        "method",
+        *(f"{task} {m} {'↑' if up else '↓'}" for task, m, up in names),
+        "Delta m % ↓",
+        "mean rank ↓",
+        "s/epoch",
+        "seeds",
+    ]
+    body = []
+    for row in table.rows:
+        scores = [_pm(row.scores[task][m]) if row.seeds else "" for task, m, _ in names]
+        body.append(
+            [
+                row.label,
+                *scores,
+                _pm(row.delta_m),
+                "" if math.isnan(row.mean_rank) else f"{row.mean_rank:.1f}",
+                "" if math.isnan(row.seconds) else f"{row.seconds:.2f}",
+                str(len(row.seeds)) + (f" ({len(row.failed)} failed)" if row.failed else ""),
+            ]
+        )
+    return header, body
+
+
+def render(table: Table, form: str = "text") -> str:
+    """A table as text, Markdown, CSV, LaTeX or JSON.
+
+    Raises:
+        ValueError: unknown form.
+    """
+    header, body = cells(table)
+    if form == "csv":
+        stream = io.StringIO()
+        csv.writer(stream, lineterminator="\n").writerows([header, *body])
+        return stream.getvalue()
+    if form == "json":
+        return json.dumps(
+            {
+                "title": table.title,
+                "benchmark": table.benchmark,
+                "budget": table.budget,
+                "protocol": table.protocol,
+                "rows": [_plain(vars(row)) for row in table.rows],
+            }
+        )
+    styles = {"text": "simple", "markdown": "github", "latex": "latex_booktabs"}
+    if form not in styles:
+        raise ValueError(f"expected a table form of {', '.join(TABLE_FORMATS)}, got {form!r}")
+    # Numbers come with their standard deviation, so they are text, set flush right.
+    text = tabulate(
+        body,
+        headers=header,
+        tablefmt=styles[form],
+        disable_numparse=True,
+        colalign=("left", *["right"] * (len(header) - 1)),
+    )
+    if form == "latex":
+        return f"% {table.title}\n{text}"
+    lines = [table.title, "", text]
+    lines += [f"failed: {row.label}, {why}" for row in table.rows for why in row.failed]
+    return "\n".join(lines)
+
+
+def _pm(pair: tuple[float, float]) -> str:
+    mean, std = pair
+    if math.isnan(mean):
+        return ""
+    return f"{mean:.2f}" if math.isnan(std) else f"{mean:.2f} ± {std:.2f}"
