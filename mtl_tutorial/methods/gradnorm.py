@@ -38,9 +38,13 @@ def gradnorm_targets(norms: Tensor, weights: Tensor, rates: Tensor, alpha: float
     return (weights * norms).mean() * (rates / rates.mean()) ** alpha
 
 
-def gradnorm_slope(norms: Tensor, weights: Tensor, targets: Tensor) -> Tensor:
-    """Derivative (K,) of ``sum_k |w_k n_k - target_k|`` by w, the targets held constant."""
-    return torch.sign(weights * norms - targets) * norms
+def gradnorm_slope(norms: Tensor, weights: Tensor, targets: Tensor, eps: float = 1e-14) -> Tensor:
+    """Derivative (K,) of ``sum_k |w_k n_k - target_k|`` by w, the targets held constant.
+
+    Zero where the two differ by rounding alone, relative `eps`: else its sign would be noise.
+    """
+    gap = weights * norms - targets
+    return torch.where(gap.abs() > 10 * eps * targets, torch.sign(gap), 0.0) * norms
 
 
 class GradNorm(Method):
@@ -128,7 +132,7 @@ class GradNorm(Method):
         initial = torch.where(state["seen"][at], state["first"][at], losses)
         weights = state["weights"][at]
         targets = gradnorm_targets(norms, weights, losses / initial, self.alpha)
-        moved = weights - self.lr * gradnorm_slope(norms, weights, targets)
+        moved = weights - self.lr * gradnorm_slope(norms, weights, targets, view.eps)
         moved = moved.clamp(min=SMALLEST)
         new = {
             "weights": moved * (weights.sum() / moved.sum()),

@@ -22,30 +22,31 @@ from ..gradients import Method, View
 
 
 def running_statistics(
-    losses: Tensor, mean: Tensor, variance: Tensor, seen: Tensor, beta: float
+    losses: Tensor, mean: Tensor, deviation: Tensor, seen: Tensor, beta: float
 ) -> tuple[Tensor, Tensor]:
-    """Mean and variance after one more loss: plain ones at first, exponential ones later.
+    """Mean and deviation after one more loss: plain ones at first, exponential ones later.
 
     Args:
         losses: new losses (K,).
         mean: running mean (K,).
-        variance: running variance (K,), of the population and not of the sample.
+        deviation: running standard deviation (K,), of the population and not of the sample.
         seen: number of losses (K,) so far, the new one included.
         beta: decay of the exponential average that takes over after ``1 / (1 - beta)`` losses.
 
     Returns:
-        New mean and variance (K,). The variance is E[L^2] - E[L]^2, updated without ever taking
-        that difference, so it cannot come out negative.
+        New mean and deviation (K,). The deviation is the root of E[L^2] - E[L]^2, updated without
+        ever taking that difference or a square, so it neither cancels nor overflows.
     """
     plain = seen <= round(1 / (1 - beta))
     share = torch.where(plain, 1 / seen, 1 - beta)
     change = losses - mean
-    return mean + share * change, (1 - share) * (variance + share * change**2)
+    spread = torch.hypot(deviation, share.sqrt() * change)
+    return mean + share * change, (1 - share).sqrt() * spread
 
 
-def slaw_weights(variance: Tensor, floor: float = 1e-5) -> Tensor:
+def slaw_weights(deviation: Tensor, floor: float = 1e-5) -> Tensor:
     """Weights (K,) inverse to the standard deviations, sum K; deviations are at least `floor`."""
-    inverse = 1 / variance.double().sqrt().clamp(min=floor)
+    inverse = 1 / deviation.double().clamp(min=floor)
     return len(inverse) * inverse / inverse.sum()
 
 
@@ -62,8 +63,8 @@ class SLAW(Method):
     The weights sum to K, as in the official code, and are updated before the step uses them; at
     the first step they are ones. Where tasks are absent, the present ones share their number.
 
-    * The variance is kept itself, and not as E[L^2] - E[L]^2: equal in exact arithmetic. The
-      official code falls back to the old weights where that difference rounds below zero.
+    * The deviation is kept itself, and not as the root of E[L^2] - E[L]^2: equal in exact
+      arithmetic. The official code keeps the old weights where that difference rounds below zero.
     * Other re-implementations start an exponential average from zero: their weights differ for
       hundreds of steps, since the spread is then mostly that of the start. Kept: the official.
 
@@ -79,7 +80,7 @@ class SLAW(Method):
     sees = "losses"
     passes = "1"
     memory = "3 K"
-    state = "K running means, variances and counts"
+    state = "K running means, deviations and counts"
 
     def __init__(
         self, beta: float = 0.99, floor: float = 1e-5, *, head_gradients: str = "weighted"
@@ -95,14 +96,16 @@ class SLAW(Method):
 
     def _initial_state(self, view: View) -> dict[str, Tensor]:
         zeros = torch.zeros(view.n_tasks, dtype=torch.float64, device=view.device)
-        return {name: zeros.clone() for name in ("mean", "variance", "seen")}
+        return {name: zeros.clone() for name in ("mean", "deviation", "seen")}
 
     def _rule(self, view: View) -> Tensor:
         at = view.tasks
-        mean, variance, seen = (self._state[name].clone() for name in ("mean", "variance", "seen"))
-        seen[at] += 1
-        mean[at], variance[at] = running_statistics(
-            view.losses, mean[at], variance[at], seen[at], self.beta
+        mean, deviation, seen = (
+            self._state[name].clone() for name in ("mean", "deviation", "seen")
         )
-        self._state = {"mean": mean, "variance": variance, "seen": seen}
-        return slaw_weights(variance[at], self.floor)
+        seen[at] += 1
+        mean[at], deviation[at] = running_statistics(
+            view.losses, mean[at], deviation[at], seen[at], self.beta
+        )
+        self._state = {"mean": mean, "deviation": deviation, "seen": seen}
+        return slaw_weights(deviation[at], self.floor)
