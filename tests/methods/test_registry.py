@@ -38,7 +38,6 @@ def test_create_passes_settings_on():
     [
         ("aligned", "aligned_mtl"),
         ("excesmtl", "excess_mtl"),
-        ("IMTL_G", None),
         ("imtl-g", "imtl_g"),
     ],
 )
