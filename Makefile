@@ -20,7 +20,6 @@ help:  ## show this list
 
 demo: $(CORE)  ## compare methods on images of two digits (CPU), print and draw the table
 	$(BIN)/mtl-tutorial run multidigits --methods $(DEMO_METHODS) --seeds 3 --budget quick --device cpu --out results/demo
-	$(BIN)/mtl-tutorial table results/demo
 	$(BIN)/mtl-tutorial plot results/demo
 
 # tests/book reads the built pages, so it belongs to `make book`, right after they are built.

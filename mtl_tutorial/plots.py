@@ -185,6 +185,7 @@ def comparison(table: results.Table) -> Figure:
         axes.axvline(0, color="#7F7F7F", linestyle=":")
         axes.set_xlabel("Delta m in % (lower is better)")
     panels[0][0].set_yticks(heights, [r.label for r in rows])
+    panels[0][0].set_ylim(-0.6, len(rows) - 0.4)
     figure.tight_layout()
     return figure
 
