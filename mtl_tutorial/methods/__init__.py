@@ -12,15 +12,23 @@ from typing import Any
 from .. import names
 from ..gradients import Info, Method
 from .aligned_mtl import AlignedMTL
+from .config import ConFIG, ConFIGMomentum
+from .cross_learning import CrossLearning
+from .db_mtl import DBMTL
 from .dwa import DWA
 from .equal import Equal
 from .excess_mtl import ExcessMTL
 from .famo import FAMO
+from .gen_lr import GeNLR
 from .geometric import Geometric
+from .graddrop import GradDrop
 from .gradnorm import GradNorm
+from .gradvac import GradVac
 from .group_dro import GroupDRO
 from .imtl import IMTL, IMTLG, IMTLL
 from .independent import Independent
+from .ngdiff import NGDiff
+from .pcgrad import PCGrad
 from .rlw import RLW
 from .scale_invariant import ScaleInvariant
 from .slaw import SLAW
@@ -29,6 +37,7 @@ from .uncertainty import Uncertainty
 
 __all__ = [
     "CLASSES",
+    "DBMTL",
     "DWA",
     "FAMO",
     "IMTL",
@@ -38,14 +47,22 @@ __all__ = [
     "SLAW",
     "STCH",
     "AlignedMTL",
+    "ConFIG",
+    "ConFIGMomentum",
+    "CrossLearning",
     "Equal",
     "ExcessMTL",
+    "GeNLR",
     "Geometric",
+    "GradDrop",
     "GradNorm",
+    "GradVac",
     "GroupDRO",
     "Independent",
     "Info",
     "Method",
+    "NGDiff",
+    "PCGrad",
     "ScaleInvariant",
     "Uncertainty",
     "available",
@@ -72,6 +89,14 @@ CLASSES: dict[str, type[Method]] = {
         SLAW,
         STCH,
         Uncertainty,
+        ConFIG,
+        ConFIGMomentum,
+        CrossLearning,
+        DBMTL,
+        GradDrop,
+        GradVac,
+        NGDiff,
+        PCGrad,
     )
 }
 
