@@ -6,6 +6,9 @@ are relative, so tiny, huge and unequal gradients are solved alike.
 
 * `nonnegative_qp`: ``min 1/2 s'As + q's`` over ``s >= 0``, for several q at once.
 * `min_norm_weights`: the point of smallest norm in the convex hull of the gradients.
+* `dual_cone_weights`: projections on the cone of steps that increase no loss.
+* `balanced_weights`: ``G w = w^(-1/alpha)``, Nash bargaining for alpha = 1.
+* `max_min_weights`: the step in a ball around the mean gradient that helps the worst task most.
 
 The number of iterations depends on the values, so on an accelerator a caller copies the Gram matrix
 to the host once, which is cheaper than a wait per iteration.
@@ -19,7 +22,6 @@ import torch
 from torch import Tensor
 
 _PATIENCE = 3  # block exchanges without progress before single ones take over
-_ROUNDING = 1e-13  # a violation below this share of the terms that make it up is rounding
 
 
 def unit_diagonal(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,7 +62,6 @@ def nonnegative_qp(matrix: Tensor, linear: Tensor, eps: float = 1e-14) -> Tensor
     inverse = torch.where(alive, 1 / torch.where(alive, norms, 1.0), 0.0)
     q = linear.double() * inverse
     k = len(unit)
-    ridge = 4 * k * eps
     unit = unit + torch.diag((~alive).to(unit))
 
     free = (q < 0) & alive
@@ -70,8 +71,8 @@ def nonnegative_qp(matrix: Tensor, linear: Tensor, eps: float = 1e-14) -> Tensor
     last = torch.arange(k)
     open_ = torch.arange(len(q))
     for _ in range(5 * k + 20):
-        x = _solve_on(unit, q[open_], free[open_], ridge)
-        wrong = _violations(unit, q[open_], x, free[open_]) & alive
+        x = _solve_on(unit, q[open_], free[open_], eps)
+        wrong = _violations(unit, q[open_], x, free[open_], eps) & alive
         solution[open_] = x
         count = wrong.sum(1)
         going = count > 0
@@ -86,11 +87,11 @@ def nonnegative_qp(matrix: Tensor, linear: Tensor, eps: float = 1e-14) -> Tensor
         free[open_] ^= torch.where((patience[open_] >= 0)[:, None], wrong, single)
     else:
         for i in open_.tolist():
-            solution[i] = _active_set(unit, q[i], alive, ridge)
+            solution[i] = _active_set(unit, q[i], alive, eps)
     return solution.clamp(min=0) * inverse
 
 
-def _solve_on(unit: Tensor, q: Tensor, free: Tensor, ridge: float) -> Tensor:
+def _solve_on(unit: Tensor, q: Tensor, free: Tensor, eps: float) -> Tensor:
     """Solve ``A_FF x_F = -q_F`` for each row of q (B, K) and of the masks F (B, K); zero outside.
 
     The ridge lets a singular A_FF be factorised; one step of refinement takes out its effect on
@@ -98,23 +99,23 @@ def _solve_on(unit: Tensor, q: Tensor, free: Tensor, ridge: float) -> Tensor:
     """
     mask = free.to(unit.dtype)
     system = unit * mask[:, :, None] * mask[:, None, :]
-    system = system + torch.diag_embed(1 - mask + ridge)
+    system = system + torch.diag_embed(1 - mask + 4 * len(unit) * eps)
     factor, _ = torch.linalg.cholesky_ex(system)
     x = torch.cholesky_solve((-q * mask)[..., None], factor)[..., 0]
     residual = -(q + x @ unit) * mask
     return x + torch.cholesky_solve(residual[..., None], factor)[..., 0]
 
 
-def _violations(unit: Tensor, q: Tensor, x: Tensor, free: Tensor) -> Tensor:
+def _violations(unit: Tensor, q: Tensor, x: Tensor, free: Tensor, eps: float) -> Tensor:
     """Which unknowns break the optimality conditions by more than rounding."""
     slope = x @ unit + q
-    rounding = _ROUNDING * (x.abs() @ unit.abs() + q.abs())
-    negative = x < -_ROUNDING * x.abs().amax(1, keepdim=True)
+    rounding = 10 * eps * (x.abs() @ unit.abs() + q.abs())
+    negative = x < -10 * eps * x.abs().amax(1, keepdim=True)
     # A system that could not be solved counts as wrong throughout.
     return torch.where(free, negative, slope < -rounding) | ~x.isfinite()
 
 
-def _active_set(unit: Tensor, q: Tensor, alive: Tensor, ridge: float) -> Tensor:
+def _active_set(unit: Tensor, q: Tensor, alive: Tensor, eps: float) -> Tensor:
     """The same problem for one q (K,), by Lawson and Hanson's active set: slower, but it descends.
 
     Each iterate is feasible and better than the last one, so rounding cannot make it cycle.
@@ -124,13 +125,13 @@ def _active_set(unit: Tensor, q: Tensor, alive: Tensor, ridge: float) -> Tensor:
     barred = ~alive
     for _ in range(20 * len(q)):
         slope = unit @ x + q
-        rounding = _ROUNDING * (unit.abs() @ x + q.abs())
+        rounding = 10 * eps * (unit.abs() @ x + q.abs())
         wanted = ~free & ~barred & (slope < -rounding)
         if not wanted.any():
             break
         new = torch.where(wanted, slope, torch.inf).argmin()
         free[new] = True
-        z = _solve_on(unit, q[None], free[None], ridge)[0]
+        z = _solve_on(unit, q[None], free[None], eps)[0]
         if not z[new] > 0:  # no descent along it but for rounding
             free[new] = False
             barred[new] = True
@@ -141,7 +142,7 @@ def _active_set(unit: Tensor, q: Tensor, alive: Tensor, ridge: float) -> Tensor:
             x = x + ratio.min() * (z - x)
             free = free & ~(blocking & (ratio <= ratio.min()))
             x = torch.where(free, x, 0.0)
-            z = _solve_on(unit, q[None], free[None], ridge)[0]
+            z = _solve_on(unit, q[None], free[None], eps)[0]
         x = z
         barred = ~alive
     return x
@@ -184,3 +185,164 @@ def is_stationary(gram: Tensor, weights: Tensor, eps: float = 1e-14) -> bool:
     gram = gram.double()
     size = weights @ gram.diagonal().clamp(min=0).sqrt()
     return bool(weights @ gram @ weights <= 4 * len(gram) * eps * size**2)
+
+
+def dual_cone_weights(gram: Tensor, vectors: Tensor, eps: float = 1e-14) -> Tensor:
+    """Project combinations of the gradients on the cone ``{d : g_k . d >= 0 for all k}``.
+
+    The projection of ``sum_k u_k g_k`` is ``sum_k v_k g_k`` with the v >= u of smallest
+    ``v'Gv``.
+
+    Args:
+        gram: Gram matrix (K, K).
+        vectors: rows u (B, K), one per point to project.
+        eps: relative rounding error of the entries of `gram`.
+
+    Returns:
+        float64 tensor (B, K): the rows v.
+    """
+    gram = gram.double()
+    vectors = vectors.double()
+    return vectors + nonnegative_qp(gram, vectors @ gram, eps)
+
+
+def balanced_weights(gram: Tensor, alpha: float = 1.0, eps: float = 1e-14) -> Tensor:
+    """Positive weights with ``G w = w^(-1/alpha)``, entry by entry, by damped Newton.
+
+    With ``p = 1/alpha`` they are the minimum of the convex function
+
+        ``1/2 w'Gw - sum_k (w_k^(1-p) - 1) / (1 - p)``        (log w_k for p = 1).
+
+    The unknowns are scaled by ``|g_k|^(-2 alpha / (1 + alpha))``, the solution for orthogonal
+    gradients, and Newton's step is taken in the relative change of each weight, so no weight can
+    become negative and gradients of very different lengths are solved alike.
+
+    Args:
+        gram: Gram matrix (K, K).
+        alpha: positive exponent; 1 is Nash bargaining.
+        eps: relative rounding error of the entries of `gram`.
+
+    Returns:
+        float64 tensor (K,). Where the equation has no solution:
+
+        * zero gradients get weight zero, the others are solved among themselves;
+        * a single gradient, or a single one that is not zero, gets weight one: there is nothing to
+          balance, and the equation would only replace its length;
+        * Pareto stationary gradients (some convex combination is zero): weights with which the
+          step is zero, those of the min-norm point of the unit gradients.
+    """
+    gram = gram.double()
+    k = len(gram)
+    cosine, norms = unit_diagonal(gram)
+    alive = norms > 0
+    if alive.sum() <= 1:
+        return alive.double()
+    # Zero gradients become unit vectors of their own, away from all others.
+    cosine = cosine + torch.diag((~alive).to(cosine))
+    norms = torch.where(alive, norms, 1.0)
+    scale = norms ** (-2 * alpha / (1 + alpha))
+
+    hull = min_norm_weights(cosine, eps)
+    if is_stationary(cosine, hull, eps):
+        size = (hull @ norms) ** ((1 - alpha) / (1 + alpha))
+        return torch.where(alive, k * size * hull / norms, 0.0)
+
+    p = 1 / alpha
+    system = gram * scale * scale[:, None] + torch.diag((~alive).to(cosine))
+    return torch.where(alive, scale * _newton(system, scale ** (1 - p), p), 0.0)
+
+
+def _newton(system: Tensor, right: Tensor, p: float) -> Tensor:
+    """Solve ``A x = r x^-p`` for x > 0, with A (K, K) and r (K,) positive."""
+
+    def terms(x: Tensor) -> tuple[Tensor, Tensor]:
+        power = x.log() if p == 1 else torch.expm1((1 - p) * x.log()) / (1 - p)
+        return x @ system @ x / 2, right @ power
+
+    # The best multiple of ones.
+    x = torch.ones_like(right) * (right.sum() / system.sum()) ** (1 / (1 + p))
+    last = float("inf")
+    for _ in range(200):
+        power = right * x ** (1 - p)
+        slope = x * (system @ x) - power
+        hessian = system * x * x[:, None] + torch.diag(p * power)
+        factor, _ = torch.linalg.cholesky_ex(hessian)
+        step = -torch.cholesky_solve(slope[:, None], factor)[:, 0]
+        size = step.abs().max().item()
+        length = min(1.0, 0.9 / max(-step.min().item(), 1e-300))
+        quadratic, barrier = terms(x)
+        decrease = slope @ step
+        # Closer in, rounding would decide the comparison, and full steps converge.
+        if -decrease > 1e-8 * (quadratic + barrier.abs()):
+            enough = quadratic - barrier
+            while torch.sub(*terms(x * (1 + length * step))) > enough + 0.1 * length * decrease:
+                length /= 2
+        x = x * (1 + length * step)
+        if size < 1e-13 or last / 2 < size < 1e-6:
+            break
+        last = size
+    return x
+
+
+def max_min_weights(gram: Tensor, c: float, eps: float = 1e-14) -> Tensor:
+    """Weights of the step that improves the worst task most, within a ball around the mean.
+
+    ``max_d min_k g_k . d`` subject to ``|d - g_0| <= c |g_0|``, g_0 the mean gradient. Among all d
+    with ``g_k . d >= tau`` for every k, the nearest to g_0 is ``g_0 + sum_k y_k g_k`` with the y
+    of one non-negative QP; its distance grows with tau, so the answer is where the distance
+    reaches ``c |g_0|``. On the set of positive y, the squared distance is a parabola in tau: its
+    root is the next guess, kept in a bracket that every guess shrinks.
+
+    Args:
+        gram: Gram matrix (K, K).
+        c: radius of the ball in units of |g_0|, 0 or more.
+        eps: relative rounding error of the entries of `gram`.
+
+    Returns:
+        float64 tensor (K,): ``1/K + y_k``, so that d is the weighted sum. Where gradients are
+        Pareto stationary and the maximum is 0, it has many maximisers; this is the nearest one to
+        g_0. For ``g_0 = 0`` or ``c = 0``: 1/K each.
+    """
+    gram = gram.double()
+    k = len(gram)
+    mean = torch.full((k,), 1 / k, dtype=torch.float64, device=gram.device)
+    if c == 0 or is_stationary(gram, mean, eps):
+        return mean
+    inner = gram @ mean
+    radius = c * (mean @ inner).sqrt()
+    norms = gram.diagonal().clamp(min=0).sqrt()
+
+    def nearest(tau: Tensor) -> tuple[Tensor, Tensor]:
+        y = nonnegative_qp(gram, (inner - tau)[None], eps)[0]
+        return y, (y @ gram @ y).clamp(min=0).sqrt()
+
+    low, high = inner.min(), (inner + radius * norms).min()
+    if is_stationary(gram, min_norm_weights(gram, eps), eps):
+        high = torch.zeros_like(high)
+        y, distance = nearest(high)
+        if distance <= radius:
+            return mean + y
+    tau = high
+    for _ in range(100):
+        y, distance = nearest(tau)
+        if (distance - radius).abs() <= 1e-12 * radius or high - low <= 1e-15 * high.abs():
+            break
+        low, high = (
+            torch.where(distance < radius, tau, low),
+            torch.where(distance < radius, high, tau),
+        )
+        tau = _root_on(gram, inner, y > 0, radius, eps)
+        if not low < tau < high:
+            tau = (low + high) / 2
+    return mean + y * radius / distance
+
+
+def _root_on(gram: Tensor, inner: Tensor, free: Tensor, radius: Tensor, eps: float) -> Tensor:
+    """Where the distance to ``{d : g_k . d = tau, k in F}`` reaches the radius; NaN if nowhere."""
+    unit, norms = unit_diagonal(gram[free][:, free])
+    right = torch.stack([torch.ones_like(norms), inner[free]]) / norms
+    every = torch.ones_like(right, dtype=torch.bool)
+    solved = _solve_on(unit, -right, every, eps)
+    a, b, c = right[0] @ solved[0], right[0] @ solved[1], right[1] @ solved[1]
+    # a tau^2 - 2 b tau + c = radius^2, the larger root
+    return (b + (b**2 - a * (c - radius**2)).sqrt()) / a

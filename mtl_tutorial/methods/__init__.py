@@ -12,12 +12,15 @@ from typing import Any
 from .. import names
 from ..gradients import Info, Method
 from .aligned_mtl import AlignedMTL
+from .cagrad import CAGrad
 from .config import ConFIG, ConFIGMomentum
 from .cross_learning import CrossLearning
 from .db_mtl import DBMTL
+from .dualproj import DualProj
 from .dwa import DWA
 from .equal import Equal
 from .excess_mtl import ExcessMTL
+from .fairgrad import FairGrad
 from .famo import FAMO
 from .gen_lr import GeNLR
 from .geometric import Geometric
@@ -27,13 +30,17 @@ from .gradvac import GradVac
 from .group_dro import GroupDRO
 from .imtl import IMTL, IMTLG, IMTLL
 from .independent import Independent
+from .mgda import MGDA
+from .nash_mtl import NashMTL
 from .ngdiff import NGDiff
 from .pcgrad import PCGrad
 from .rlw import RLW
 from .scale_invariant import ScaleInvariant
+from .sdmgrad import SDMGrad
 from .slaw import SLAW
 from .stch import STCH
 from .uncertainty import Uncertainty
+from .upgrad import UPGrad
 
 __all__ = [
     "CLASSES",
@@ -43,15 +50,19 @@ __all__ = [
     "IMTL",
     "IMTLG",
     "IMTLL",
+    "MGDA",
     "RLW",
     "SLAW",
     "STCH",
     "AlignedMTL",
+    "CAGrad",
     "ConFIG",
     "ConFIGMomentum",
     "CrossLearning",
+    "DualProj",
     "Equal",
     "ExcessMTL",
+    "FairGrad",
     "GeNLR",
     "Geometric",
     "GradDrop",
@@ -62,8 +73,11 @@ __all__ = [
     "Info",
     "Method",
     "NGDiff",
+    "NashMTL",
     "PCGrad",
+    "SDMGrad",
     "ScaleInvariant",
+    "UPGrad",
     "Uncertainty",
     "available",
     "create",
@@ -97,6 +111,13 @@ CLASSES: dict[str, type[Method]] = {
         GradVac,
         NGDiff,
         PCGrad,
+        MGDA,
+        CAGrad,
+        NashMTL,
+        FairGrad,
+        SDMGrad,
+        UPGrad,
+        DualProj,
     )
 }
 
