@@ -255,7 +255,7 @@ def test_formulae_of_a_docstring_are_shown_unchanged(package_pages):
     assert package_pages.plain_formulae(lines) == [
         "The step is",
         "",
-        "::",
+        ".. code-block:: none",
         "",
         "    d = |x| * e^-1,",
         "",

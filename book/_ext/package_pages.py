@@ -102,7 +102,7 @@ def plain_formulae(lines: list[str]) -> list[str]:
         # Behind a list's marker or a section's name, deeper lines belong to the item or section.
         after_prose = bool(text) and not LIST_ITEM.match(text) and bool(result) and not result[-1]
         if not in_formula and line.strip() and deeper and after_prose:
-            result += [" " * (len(text) - len(text.lstrip())) + "::", ""]
+            result += [" " * (len(text) - len(text.lstrip())) + ".. code-block:: none", ""]
             in_formula = True
         if in_formula:
             result.append(line)
