@@ -57,37 +57,44 @@ def centre_coefficients(gram: Tensor, radius: float, steps: int = 100) -> Tensor
     k = len(gram)
     eye = torch.eye(k, dtype=torch.float64)
     scale = gram.diagonal().max()
+    # K points in K dimensions with that Gram matrix: differences of them lose no digits.
+    eigenvalues, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    points = vectors * eigenvalues.clamp(min=0).sqrt()
 
-    def look(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        offsets = c - eye  # row i: centre - v_i
-        inner = offsets @ gram @ offsets.T
-        distances = inner.diagonal().clamp(min=0).sqrt()
-        return inner, distances, ((distances - radius).clamp(min=0) ** 2).sum() / 2
+    def look(c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        offsets = c @ points - points  # row i: centre - v_i
+        distances = torch.linalg.vector_norm(offsets, dim=1)
+        outside = distances > radius
+        pull = torch.where(outside, 1 - radius / torch.where(outside, distances, 1.0), 0.0)
+        value = ((distances - radius).clamp(min=0) ** 2).sum() / 2
+        return offsets, distances, pull, value, pull @ offsets
 
     c = torch.full((k,), 1.0 / k, dtype=torch.float64)
-    inner, distances, value = look(c)
+    offsets, distances, pull, value, gradient = look(c)
     for _ in range(steps):
-        active = distances > radius
-        safe = torch.where(active, distances, 1.0)
-        pull = torch.where(active, 1 - radius / safe, 0.0)
-        gradient = pull @ inner @ pull
-        if value <= 1e-30 * scale or gradient <= 1e-30 * scale:
+        if value <= 1e-30 * scale or gradient @ gradient <= 1e-30 * scale:
             break
-        # Hessian: sum(pull) I + sum_i (radius / distance_i) r_i r_i^T, r_i = (centre - v_i) / dist.
-        curve = torch.where(active, radius / safe, 0.0)
-        matrix = pull.sum() * eye + curve[:, None] * inner / (safe * safe[:, None])
-        y = torch.linalg.solve(matrix, -pull * distances) / safe
-        move = y @ (c - eye)
-        slope = y @ inner @ pull
+        # Hessian: sum(pull) I + sum_i (1 - pull_i) r_i r_i^T over the points outside, with r_i the
+        # unit vector from v_i to the centre. Newton's step is a combination of the r_i.
+        outside = pull > 0
+        units = offsets / torch.where(distances > 0, distances, 1.0)[:, None]
+        curve = torch.where(outside, 1 - pull, 0.0)
+        matrix = pull.sum() * eye + curve[:, None] * (units @ units.T)
+        y = torch.linalg.solve(matrix, -pull * distances)
+        move = torch.where(outside, y / torch.where(outside, distances, 1.0), 0.0) @ (c - eye)
+        slope = (y @ units) @ gradient
         length = 1.0
-        while True:
-            inner, distances, new = look(c + length * move)
-            if new <= value + 1e-4 * length * slope:
+        while length > 1e-6:
+            new = look(c + length * move)
+            # Near the end the value is exact to rounding only, but the gradient still tells.
+            flat = new[3] <= value * (1 + 1e-12) and new[4].norm() < gradient.norm()
+            if new[3] <= value + 1e-4 * length * slope or flat:
                 break
             length /= 2
-            if length < 1e-12:
-                return c
-        c, value = c + length * move, new
+        if not (new[3] < value or new[4].norm() < gradient.norm()):
+            break
+        c = c + length * move
+        offsets, distances, pull, value, gradient = new
     return c
 
 
