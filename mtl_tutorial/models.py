@@ -11,6 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import Tensor, nn
 
 
+class ToUnit(nn.Module):
+    """Bytes 0 to 255 to floats 0 to 1, so that images can stay bytes on the device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float() / 255
+
+
 class HardSharing(nn.Module):
     """One trunk, K heads: hard parameter sharing.
 

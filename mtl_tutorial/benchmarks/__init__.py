@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from .. import names
 from .base import BUDGETS, Benchmark, Data, Protocol, Task
+from .helmholtz import Helmholtz
 from .multidigits import MultiDigits
+from .multimnist import MultiFashion, MultiFashionMNIST, MultiMNIST
+from .office_caltech10 import OfficeCaltech10
+from .school import School
 from .toy import Toy, toy_losses
 
 __all__ = [
@@ -21,7 +27,19 @@ __all__ = [
     "toy_losses",
 ]
 
-CLASSES: dict[str, type[Benchmark]] = {cls.name: cls for cls in (Toy, MultiDigits)}
+CLASSES: dict[str, type[Benchmark]] = {
+    cls.name: cls
+    for cls in (
+        Toy,
+        MultiDigits,
+        Helmholtz,
+        MultiMNIST,
+        MultiFashion,
+        MultiFashionMNIST,
+        OfficeCaltech10,
+        School,
+    )
+}
 
 
 def available() -> list[str]:
@@ -29,12 +47,16 @@ def available() -> list[str]:
     return sorted(CLASSES)
 
 
-def create(name: str) -> Benchmark:
+def create(name: str, root: Path | str | None = None) -> Benchmark:
     """Make a benchmark by its name, without loading its data.
+
+    Args:
+        name: one of `available`.
+        root: folder of the data sets; see `mtl_tutorial.data.data_root`.
 
     Raises:
         ValueError: no benchmark of that name, with the nearest names.
     """
     if name not in CLASSES:
         raise ValueError(f"no benchmark {name!r}; {names.nearest(name, available(), 'benchmarks')}")
-    return CLASSES[name]()
+    return CLASSES[name](root=root)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -22,11 +23,15 @@ BUDGETS = ("quick", "full")
 
 @dataclass(frozen=True)
 class Task:
-    """One task: its loss (mean over the batch, 0-dimensional) and what is measured of it."""
+    """One task: its loss (mean over the batch, 0-dimensional) and what is measured of it.
+
+    `n_classes` is known for classification tasks, whose labels can be made noisy.
+    """
 
     name: str
     loss: Callable[[Tensor, Tensor], Tensor]
     metrics: tuple[Metric, ...]
+    n_classes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,7 @@ class Benchmark:
         synthetic: said on every table, where the data are made up.
         embedded: whether nothing has to be downloaded.
         baseline: whether Delta m against single-task learning means something here.
+        root: folder of the data sets; see `mtl_tutorial.data.data_root`.
     """
 
     name: ClassVar[str] = ""
@@ -133,6 +139,7 @@ class Benchmark:
     protocols: ClassVar[dict[str, Protocol]] = {}
     tasks: ClassVar[tuple[Task, ...]] = ()
 
+    root: Path | str | None = None
     data: Splits = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 

@@ -50,8 +50,8 @@ class MultiDigits(Benchmark):
         "full": Protocol(epochs=60, batch_size=100, lr=2e-3, schedule="cosine"),
     }
     tasks = (
-        Task("left", F.cross_entropy, (ACCURACY,)),
-        Task("right", F.cross_entropy, (ACCURACY,)),
+        Task("left", F.cross_entropy, (ACCURACY,), n_classes=10),
+        Task("right", F.cross_entropy, (ACCURACY,), n_classes=10),
     )
 
     def load(self) -> Splits:

@@ -1,0 +1,110 @@
+"""Benchmarks whose tasks bring their own inputs: several domains, several data sets, one trunk.
+
+Each task has its own stream of examples. An epoch takes as many steps as the longest stream has
+batches; shorter streams start over, shuffled anew. The trunk sees the batches of all tasks as one,
+head k its own part, so a step costs one forward pass of the trunk, not K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models import HardSharing
+from .base import Benchmark, Data, Losses, Protocol, Splits
+
+Batch = list[tuple[Tensor, Tensor]]  # per task: inputs and targets
+
+
+def endless(data: Data, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Shuffled batches without end."""
+    while True:
+        for inputs, targets in data.batches(size, generator):
+            yield inputs, targets[0]
+
+
+class StreamBenchmark(Benchmark):
+    """Base of benchmarks with one stream per task.
+
+    A subclass writes `load_streams` and `build`. Splits are stored per task under "train/k" and so
+    on. There is no shared representation of all tasks at once, so no feature level.
+    """
+
+    def load_streams(self) -> dict[str, list[Data]]:
+        """Split name to one `Data` with one target per task."""
+        raise NotImplementedError
+
+    def load(self) -> Splits:
+        return {
+            f"{split}/{k}": data
+            for split, streams in self.load_streams().items()
+            for k, data in enumerate(streams)
+        }
+
+    def batches(self, protocol: Protocol, generator: torch.Generator) -> Iterator[Batch]:
+        streams = [self.data[f"train/{k}"] for k in range(len(self.tasks))]
+        size = protocol.batch_size
+        steps = max(max(1, len(stream) // size) for stream in streams)
+        sources = [endless(stream, size, generator) for stream in streams]
+        for _ in range(steps):
+            yield [next(source) for source in sources]
+
+    def losses(
+        self, model: nn.Module, batch: Any, tasks: Sequence[int] | None = None
+    ) -> tuple[Losses, Tensor | None]:
+        chosen = list(range(len(self.tasks)) if tasks is None else tasks)
+        if isinstance(model, HardSharing):
+            joined = model.features(torch.cat([batch[k][0] for k in chosen]))
+            parts = joined.split([len(batch[k][0]) for k in chosen])
+            outputs = [model.heads[k](z) for k, z in zip(chosen, parts, strict=True)]
+        else:
+            outputs = [model.networks[k](batch[k][0])[0] for k in chosen]  # type: ignore[index]
+        losses = [
+            self.tasks[k].loss(out, batch[k][1]) for k, out in zip(chosen, outputs, strict=True)
+        ]
+        return losses, None
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, dict[str, float]]:
+        model.eval()
+        scores: dict[str, dict[str, float]] = {}
+        for k, task in enumerate(self.tasks):
+            network = model if isinstance(model, HardSharing) else model.networks[k]  # type: ignore[index]
+            head = network.heads[k if isinstance(model, HardSharing) else 0]
+            totals: dict[str, Tensor] = {}
+            for inputs, targets in self.data[f"{split}/{k}"].batches(1024):
+                output = head(network.trunk(inputs))
+                for metric in task.metrics:
+                    part = metric.statistics(output, targets[0])
+                    totals[metric.name] = totals.get(metric.name, torch.zeros_like(part)) + part
+            scores[task.name] = {m.name: m.finish(totals[m.name].cpu()) for m in task.metrics}
+        model.train()
+        return scores
+
+    def probe(self) -> Any:
+        firsts = [next(iter(self.data[f"val/{k}"].batches(64))) for k in range(len(self.tasks))]
+        return [(inputs, targets[0]) for inputs, targets in firsts]
+
+
+def split_indices(
+    n: int, fractions: tuple[float, float], generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random partition of n examples into training, validation and test part, none empty.
+
+    Args:
+        n: number of examples, 3 or more.
+        fractions: of training and of validation examples; the rest is for the test.
+        generator: source of the permutation.
+
+    Raises:
+        ValueError: fewer than 3 examples.
+    """
+    if n < 3:
+        raise ValueError(f"expected at least 3 examples of a task, got {n}; drop the task")
+    order = torch.randperm(n, generator=generator)
+    train = min(max(1, round(fractions[0] * n)), n - 2)
+    val = min(max(1, round(fractions[1] * n)), n - train - 1)
+    return order[:train], order[train : train + val], order[train + val :]
