@@ -8,12 +8,12 @@ head k its own part, so a step costs one forward pass of the trunk, not K.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..models import HardSharing
+from ..models import HardSharing, Separate
 from .base import Benchmark, Data, Losses, Protocol, Splits
 
 Batch = list[tuple[Tensor, Tensor]]  # per task: inputs and targets
@@ -61,7 +61,7 @@ class StreamBenchmark(Benchmark):
             parts = joined.split([len(batch[k][0]) for k in chosen])
             outputs = [model.heads[k](z) for k, z in zip(chosen, parts, strict=True)]
         else:
-            outputs = [model.networks[k](batch[k][0])[0] for k in chosen]  # type: ignore[index]
+            outputs = [_alone(model, k)(batch[k][0])[0] for k in chosen]
         losses = [
             self.tasks[k].loss(out, batch[k][1]) for k, out in zip(chosen, outputs, strict=True)
         ]
@@ -72,8 +72,8 @@ class StreamBenchmark(Benchmark):
         model.eval()
         scores: dict[str, dict[str, float]] = {}
         for k, task in enumerate(self.tasks):
-            network = model if isinstance(model, HardSharing) else model.networks[k]  # type: ignore[index]
-            head = network.heads[k if isinstance(model, HardSharing) else 0]
+            network = model if isinstance(model, HardSharing) else _alone(model, k)
+            head = network.heads[k if network is model else 0]
             totals: dict[str, Tensor] = {}
             for inputs, targets in self.data[f"{split}/{k}"].batches(1024):
                 output = head(network.trunk(inputs))
@@ -87,6 +87,11 @@ class StreamBenchmark(Benchmark):
     def probe(self) -> Any:
         firsts = [next(iter(self.data[f"val/{k}"].batches(64))) for k in range(len(self.tasks))]
         return [(inputs, targets[0]) for inputs, targets in firsts]
+
+
+def _alone(model: nn.Module, k: int) -> HardSharing:
+    """Network k of the single-task baseline."""
+    return cast(HardSharing, cast(Separate, model).networks[k])
 
 
 def split_indices(
