@@ -778,6 +778,18 @@ def split_closure_output(output: Any) -> tuple[Losses, Tensor | None]:
     return output, None
 
 
+def takes_tasks(closure: Closure) -> bool:
+    """Whether a closure wants to be told the tasks: it has a positional argument without default.
+
+    The argument of ``lambda batch=batch: ...`` is the caller's own.
+    """
+    return any(
+        argument.default is argument.empty
+        and argument.kind in (argument.POSITIONAL_ONLY, argument.POSITIONAL_OR_KEYWORD)
+        for argument in inspect.signature(closure).parameters.values()
+    )
+
+
 def optimizer_step(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
 ) -> None:

@@ -21,7 +21,6 @@ Only the paper's abstract was at hand; the projection is derived from the proble
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -39,6 +38,7 @@ from ..gradients import (
     gram_matrix,
     optimizer_step,
     split_closure_output,
+    takes_tasks,
 )
 
 
@@ -185,7 +185,7 @@ class CrossLearning(Method):
 
         Args:
             closure: computes and returns the losses (K,) of the batch; called K times, with None
-                if it takes an argument.
+                if it has a positional argument without default.
             optimizer: optimiser over shared and head parameters.
             shared, heads: as in `Method.backward`.
             scaler: gradient scaler, for float16; it counts the batch as one step.
@@ -375,7 +375,7 @@ def _graph(
     heads: Sequence[Iterable[Tensor]] | None,
 ) -> LossGraph:
     with torch.enable_grad():
-        output = closure(None) if inspect.signature(closure).parameters else closure()
+        output = closure(None) if takes_tasks(closure) else closure()
     losses, _ = split_closure_output(output)  # copies of the trunk share no features
     graph = LossGraph(losses if isinstance(losses, Tensor) else list(losses))
     graph.partition(shared, heads)

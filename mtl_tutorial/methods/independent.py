@@ -35,6 +35,7 @@ from ..gradients import (
     View,
     optimizer_step,
     split_closure_output,
+    takes_tasks,
 )
 
 
@@ -160,22 +161,17 @@ class Independent(Method):
                 scaler, at once. Earlier groups of the batch have stepped by then.
         """
         self._raise_pending()
-        takes_tasks = any(
-            # Not ``lambda batch=batch: ...``, whose argument is the caller's own.
-            argument.default is argument.empty
-            and argument.kind in (argument.POSITIONAL_ONLY, argument.POSITIONAL_OR_KEYWORD)
-            for argument in inspect.signature(closure).parameters.values()
-        )
+        told = takes_tasks(closure)
         if not self.groups:
             with torch.no_grad():
-                output = closure(None) if takes_tasks else closure()
+                output = closure(None) if told else closure()
             self.groups = draw_groups(len(_losses_of(output)), self.group_size, self._generator)
         k = sum(map(len, self.groups))
         values: list[Tensor] = [torch.zeros(())] * k
         ok: list[Tensor] = []
         for j, group in enumerate(self.groups):
             with torch.enable_grad():
-                losses = _losses_of(closure(group) if takes_tasks else closure())
+                losses = _losses_of(closure(group) if told else closure())
             if len(losses) not in (k, len(group)):
                 raise ValueError(
                     f"independent: expected {k} losses, or those of tasks {group}, got "
