@@ -51,6 +51,14 @@ def toy_losses(x: Tensor) -> Tensor:
     return torch.stack([valley1 * above + bowl1 * below, valley2 * above + bowl2 * below], -1)
 
 
+def _positive(x: Tensor) -> Tensor:
+    """max(x, 0) with slope one at zero, as in the published code under the torch of its day.
+
+    The slope of `clamp` at its bound has since become zero, and the start point (0, 0) would rest.
+    """
+    return torch.where(x >= 0, x, 0.0)
+
+
 class Point(nn.Module):
     """The toy problem's network: a point in the plane, or one point per task."""
 
