@@ -7,6 +7,7 @@ line on standard error and exit code 2; an interrupted sweep keeps what is done 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,7 +154,8 @@ def table(folder: Path, form: str, as_json: bool) -> None:
         click.echo(complaint, err=True)
     if not found:
         raise ValueError(f"expected result files below {folder}, found none; run something first")
-    click.echo("\n\n".join(results.render(t, form) for t in results.tables(found)))
+    texts = [results.render(t, form) for t in results.tables(found)]
+    click.echo(f"[{', '.join(texts)}]" if form == "json" else "\n\n".join(texts))
 
 
 @app.command()
@@ -268,9 +270,35 @@ def _sentence(outcome: Outcome) -> str:
 
 
 def _grid(rows: list[dict[str, Any]]) -> str:
+    """Rows as a table, folded to the width of the terminal where there is one."""
     from tabulate import tabulate
 
-    return tabulate(rows, headers="keys", tablefmt="simple")
+    header = list(rows[0])
+    body = [[str(value) for value in row.values()] for row in rows]
+    pad = 2  # tabulate's, on every header
+    columns = list(zip([name + " " * pad for name in header], *body, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    if sys.stdout.isatty():
+        room = shutil.get_terminal_size().columns - 2 * (len(header) - 1)
+        words = [max(map(_longest, column)) for column in columns]
+        words = [max(n, _longest(name) + pad) for n, name in zip(words, header, strict=True)]
+        # The widest column gives way first; none becomes narrower than its longest word.
+        spare = [k for k, width in enumerate(widths) if width > words[k]]
+        while sum(widths) > room and spare:
+            widths[max(spare, key=lambda k: widths[k])] -= 1
+            spare = [k for k in spare if widths[k] > words[k]]
+    return tabulate(
+        body,
+        headers=header,
+        tablefmt="simple",
+        disable_numparse=True,
+        maxcolwidths=list(widths),
+        maxheadercolwidths=[width - pad for width in widths],
+    )
+
+
+def _longest(text: str) -> int:
+    return max((len(word) for word in text.split()), default=0)
 
 
 def main() -> None:

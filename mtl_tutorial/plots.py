@@ -26,13 +26,13 @@ _LINES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 # The order fixes each method's look for good: append, never insert. Colours repeat after eight
-# with another line, so the methods that meet most often stand among the first.
+# with another line and marker, so the methods that meet most often stand among the first.
 _ORDER = (
     *("excess_mtl", "aligned_mtl", "imtl_g", "imtl", "independent", "imtl_l", "equal"),
     *("single_task", "mgda", "cagrad", "nash_mtl", "pcgrad", "upgrad", "config", "fairgrad"),
     *("dualproj", "gradnorm", "uncertainty", "dwa", "famo", "slaw", "group_dro", "rlw"),
     *("geometric", "gradvac", "graddrop", "sdmgrad", "db_mtl", "ngdiff", "cross_learning"),
-    *("stch", "scale_invariant", "config_momentum"),
+    *("stch", "scale_invariant", "config_momentum", "gen_lr"),
 )
 
 
@@ -51,7 +51,7 @@ def style(label: str) -> dict[str, Any]:
     return {
         "color": COLORS[index % len(COLORS)],
         "linestyle": _LINES[lap % len(_LINES)],
-        "marker": _MARKERS[(index + (3 if settings else 0)) % len(_MARKERS)],
+        "marker": _MARKERS[(index + index // len(COLORS) + (3 if settings else 0)) % len(_MARKERS)],
         "markersize": 4,
         "label": label,
     }
@@ -210,7 +210,8 @@ def save_all(root: Path, folder: Path) -> list[Path]:
         ValueError: no finished run below `root`.
     """
     found, _ = results.load_results(root)
-    written = []
+    written: list[Path] = []
+    groups: list[str] = []
     with mpl.rc_context():
         set_style()
         for table in results.tables(found):
@@ -229,8 +230,12 @@ def save_all(root: Path, folder: Path) -> list[Path]:
                 "weights": weight_curves(runs),
                 "cosine": cosine_curves(runs),
             }
+            # Two protocols may share benchmark and budget, when a release changed one.
+            group = f"{table.benchmark}-{table.budget}"
+            groups.append(group)
+            group += f"-{groups.count(group)}" if groups.count(group) > 1 else ""
             for name, figure in figures.items():
-                path = folder / f"{table.benchmark}-{table.budget}-{name}.png"
+                path = folder / f"{group}-{name}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 figure.savefig(path, metadata={"Software": None})
                 plt.close(figure)

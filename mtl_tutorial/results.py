@@ -26,7 +26,17 @@ from .metrics import Scores, delta_m, mean_rank
 FORMAT = 1
 BASELINE = "single_task"
 TABLE_FORMATS = ("text", "markdown", "csv", "latex", "json")
-_REQUIRED = ("format", "benchmark", "label", "seed", "budget", "protocol", "metrics", "finished")
+_REQUIRED: dict[str, type] = {
+    "benchmark": str,
+    "budget": str,
+    "protocol": dict,
+    "label": str,
+    "seed": int,
+    "metrics": dict,
+    "finished": bool,
+    "history": list,
+}
+_PROTOCOL = ("epochs", "batch_size", "optimizer", "lr", "schedule", "report")
 
 
 # ------------------------------------------------------------------------------- files
@@ -81,14 +91,27 @@ def read_result(path: Path) -> dict[str, Any]:
             f"expected a complete result file, got unreadable JSON in {path} ({error}); "
             "delete it and run the same command again"
         ) from None
-    missing = [k for k in _REQUIRED if not isinstance(result, dict) or k not in result]
-    if missing or result["format"] != FORMAT:
-        what = f"no {', '.join(missing)}" if missing else f"format {result['format']}"
+    what = _complaint(result)
+    if what:
         raise ValueError(
             f"expected a result file of format {FORMAT}, got {what} in {path}; move it away and "
             "run the same command again"
         )
     return result
+
+
+def _complaint(result: Any) -> str:
+    """What keeps parsed JSON from being a result; empty where nothing does."""
+    if not isinstance(result, dict):
+        return f"JSON of another kind ({type(result).__name__})"
+    if result.get("format") != FORMAT:
+        return f"format {result.get('format')}"
+    bad = [k for k, kind in _REQUIRED.items() if not isinstance(result.get(k), kind)]
+    if not bad:
+        bad = [f"protocol.{k}" for k in _PROTOCOL if k not in result["protocol"]]
+    if not bad and result["finished"] and not isinstance(result.get("test"), dict):
+        bad = ["test"]
+    return f"no valid {', '.join(bad)}" if bad else ""
 
 
 def load_results(root: Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -98,8 +121,9 @@ def load_results(root: Path) -> tuple[list[dict[str, Any]], list[str]]:
         FileNotFoundError: there is no such folder.
     """
     if not root.is_dir():
+        what = "is a file" if root.exists() else "does not exist"
         raise FileNotFoundError(
-            f"expected a folder of result files, got {root}, which does not exist; make one with "
+            f"expected a folder of result files, got {root}, which {what}; make one with "
             "`mtl-tutorial run`"
         )
     results, complaints = [], []
@@ -191,7 +215,8 @@ def _table(results: list[dict[str, Any]]) -> Table:
             task: {m: _mean_std([_score(r["test"], task, m) for r in done[label]]) for m in ms}
             for task, ms in higher.items()
         }
-        drops = [delta_m(r["test"], baseline, higher) for r in done[label]] if baseline else []
+        tests = [_mean_scores([r["test"]], higher) for r in done[label]]  # null becomes NaN
+        drops = [delta_m(test, baseline, higher) for test in tests] if baseline else []
         rows.append(
             Row(
                 label=label,

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ast
 import datetime
+import inspect
 import io
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -56,11 +58,19 @@ class Spec:
         parts += [f"level={self.level}"] if self.level != "parameter" else []
         return ":".join([self.name, *parts])
 
-    def make(self) -> Method:
-        """The method; for the single-task baseline, the sum of losses that share nothing."""
+    def make(self, seed: int | None = None) -> Method:
+        """The method; for the single-task baseline, the sum of losses that share nothing.
+
+        Args:
+            seed: of a random rule whose settings name none, so that runs differ in its draws too.
+        """
         if self.name == results.BASELINE:
             return methods.create("equal", reduction="sum")
-        return methods.create(self.name, **self.settings)
+        drawn = {}
+        if seed is not None and self.name in methods.CLASSES:
+            random = "seed" in inspect.signature(methods.CLASSES[self.name]).parameters
+            drawn = {"seed": seed} if random else {}
+        return methods.create(self.name, **{**drawn, **self.settings})
 
 
 def parse_spec(text: str) -> Spec:
@@ -75,6 +85,8 @@ def parse_spec(text: str) -> Spec:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise ValueError(f"expected setting=value after {name!r}, got {pair!r}")
+        if key in settings:
+            raise ValueError(f"expected each setting of {name!r} once, got {key!r} twice")
         settings[key] = _literal(value)
     level = settings.pop("level", "parameter")
     if level not in LEVELS:
@@ -84,12 +96,13 @@ def parse_spec(text: str) -> Spec:
         raise ValueError(f"expected no settings for {name}, got {pairs}")
     try:
         spec.make()
-    except TypeError as error:
-        raise ValueError(str(error)) from None
-    except ValueError as error:
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+        # A value of the wrong kind fails where it is first used, with any of these.
         if name not in methods.CLASSES:
             raise ValueError(f"{error}; also {results.BASELINE} and all") from None
-        raise
+        raise ValueError(
+            f"expected settings that {name} takes, got {':'.join(pairs)}: {error}"
+        ) from None
     return spec
 
 
@@ -178,7 +191,7 @@ class Run:
         if benchmark.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(benchmark.device)
         self.model = benchmark.model(cell.seed, single)
-        self.method = cell.spec.make()
+        self.method = cell.spec.make(cell.seed)
         self.shared: list[nn.Parameter] = self.model.shared_parameters()  # type: ignore[operator]
         self.heads: list[list[nn.Parameter]] = self.model.head_parameters()  # type: ignore[operator]
         self.optimizer = cell.protocol.make_optimizer(list(self.model.parameters()))
@@ -218,7 +231,7 @@ class Run:
         """One step of the method on one batch."""
         feature = self.cell.spec.level == "feature"
 
-        def closure(tasks: Sequence[int] | None = None) -> Any:
+        def of_tasks(tasks: Sequence[int] | None) -> Any:
             losses, features = self.benchmark.losses(self.model, batch, tasks)
             if feature and features is None:
                 raise ValueError(
@@ -227,6 +240,9 @@ class Run:
                 )
             return (losses, features) if feature else losses
 
+        # A schedule is told which tasks to compute; every other method wants all of them.
+        told = self.method.family == "schedule"
+        closure = of_tasks if told else (lambda: of_tasks(None))
         # The single-task baseline shares nothing: then there is nothing to tell the method.
         if not self.shared:
             return self.method.step(closure, self.optimizer)
@@ -329,7 +345,8 @@ def train(
         try:
             run.load_state_dict(torch.load(checkpoint, weights_only=True))
         except Exception as error:
-            print(f"checkpoint {checkpoint} unreadable ({error}); starting this run anew")
+            why = " ".join(str(error).split())[:200]
+            _tell(f"checkpoint {checkpoint} unreadable ({why}); starting this run anew")
             run = Run(cell, benchmark)
     failed = None
     try:
@@ -347,6 +364,11 @@ def train(
     results.write_result(path, result)
     checkpoint.unlink(missing_ok=True)
     return result
+
+
+def _tell(message: str) -> None:
+    """Say something on standard error, which keeps standard output for results."""
+    print(message, file=sys.stderr)
 
 
 def describe(run: Run, failed: str | None = None) -> dict[str, Any]:
@@ -447,8 +469,10 @@ def finished(path: Path) -> dict[str, Any] | None:
         return None
     try:
         result = results.read_result(path)
-    except ValueError:
-        path.rename(path.with_suffix(".broken"))
+    except ValueError as error:
+        aside = path.with_suffix(".broken")
+        path.replace(aside)
+        _tell(f"{error}; it was moved to {aside.name}, and the run counts as not done")
         return None
     return result if result["finished"] else None
 
@@ -486,6 +510,8 @@ def git_commit() -> str | None:
     """Commit of the source tree, with "+" behind it if files differ; None outside a checkout."""
     folder = Path(__file__).resolve().parent
     try:
+        # Installed into a folder below somebody's own checkout, the package is no part of that.
+        _git(folder, "ls-files", "--error-unmatch", "__init__.py")
         commit = _git(folder, "rev-parse", "HEAD")
         return commit + ("+" if _git(folder, "status", "--porcelain", "-uno", ".") else "")
     except (OSError, subprocess.CalledProcessError):
