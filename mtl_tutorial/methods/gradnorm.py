@@ -24,6 +24,7 @@ from ..gradients import Method, View
 
 FLOOR = 1e-8  # smaller losses count as this in the quotients
 SMALLEST = 1e-6  # smallest weight
+TIE = 1e-6  # relative difference from the target that counts as none
 
 
 def gradnorm_targets(norms: Tensor, weights: Tensor, rates: Tensor, alpha: float) -> Tensor:
@@ -38,13 +39,13 @@ def gradnorm_targets(norms: Tensor, weights: Tensor, rates: Tensor, alpha: float
     return (weights * norms).mean() * (rates / rates.mean()) ** alpha
 
 
-def gradnorm_slope(norms: Tensor, weights: Tensor, targets: Tensor, eps: float = 1e-14) -> Tensor:
+def gradnorm_slope(norms: Tensor, weights: Tensor, targets: Tensor) -> Tensor:
     """Derivative (K,) of ``sum_k |w_k n_k - target_k|`` by w, the targets held constant.
 
-    Zero where the two differ by rounding alone, relative `eps`: else its sign would be noise.
+    Zero where the two are equal up to a millionth: the sign of a rounding error is noise.
     """
     gap = weights * norms - targets
-    return torch.where(gap.abs() > 10 * eps * targets, torch.sign(gap), 0.0) * norms
+    return torch.where(gap.abs() > TIE * targets, torch.sign(gap), 0.0) * norms
 
 
 class GradNorm(Method):
@@ -69,6 +70,7 @@ class GradNorm(Method):
       pass of the weighted sum: the same weights with `last`, at the cost of K passes.
     * Weights below 1e-6 are raised to it before scaling; in the paper a large step can turn a
       weight negative.
+    * A weighted norm within a millionth of its target counts as on it, where the slope is zero.
     * Losses below 1e-8 count as 1e-8 in the rates, also zero and negative ones.
     """
 
@@ -132,7 +134,7 @@ class GradNorm(Method):
         initial = torch.where(state["seen"][at], state["first"][at], losses)
         weights = state["weights"][at]
         targets = gradnorm_targets(norms, weights, losses / initial, self.alpha)
-        moved = weights - self.lr * gradnorm_slope(norms, weights, targets, view.eps)
+        moved = weights - self.lr * gradnorm_slope(norms, weights, targets)
         moved = moved.clamp(min=SMALLEST)
         new = {
             "weights": moved * (weights.sum() / moved.sum()),

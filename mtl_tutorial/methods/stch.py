@@ -54,8 +54,8 @@ class STCH(Method):
     Args:
         mu: smoothing, positive, in units of the losses (plain form) or without unit (multi-task
             form). 1 in the official multi-task code; a smaller one is nearer to the maximum.
-        preference: lambda, K non-negative numbers with a positive sum, used as given; 1/K each by
-            default. Plain form alone.
+        preference: lambda, K non-negative numbers with a positive sum, used as given; by default
+            one over the number of present tasks. Plain form alone.
         ideal: z*, K numbers; zeros by default. Plain form alone.
         warmup: None (default): the plain form. A whole number E >= 0: the multi-task form, where
             epochs 0 to E train the sum of log losses and epoch E measures the nadir; 4 in the
@@ -125,7 +125,7 @@ class STCH(Method):
 
     def _rule(self, view: View) -> Tensor:
         if self.warmup is None:
-            preference = self._per_task("preference", view, 1.0 / view.n_tasks)
+            preference = self._per_task("preference", view, 1.0 / len(view.tasks))
             ideal = self._per_task("ideal", view, 0.0)
             return tchebycheff_weights(view.losses, preference, ideal, self.mu)
         state, at = self._state, view.tasks

@@ -396,6 +396,14 @@ def test_stch_weights_are_the_gradient_of_a_smooth_maximum(
     close(value, theirs(losses), 1e-9, 1e-9)
 
 
+def test_stch_default_preference_is_uniform_over_the_present_tasks() -> None:
+    method, model = create("stch"), Linear(J3, L)
+    losses = model()
+    losses[1] = losses[1].detach()
+    alone = create("stch").weights(L[[0, 2]])
+    close(method.backward(losses).weights, alone[[0, 0, 1]] * vector(1, 0, 1), 1e-12)
+
+
 def test_stch_small_mu_is_the_worst_task_alone() -> None:
     close(create("stch", mu=1e-6).weights(L), vector(1 / 3, 0, 0), 1e-12)
 
@@ -611,7 +619,7 @@ def test_gradnorm_slope_is_the_derivative_with_targets_held(
     """Derivative of sum |w_k n_k - target_k| by w, target constant."""
     norms = jacobian.norm(dim=1)
     targets = gradnorm_targets(norms, weights, now / first, 1.5)
-    assume(((weights * norms / targets - 1).abs() > 1e-9).all())  # no derivative at the kink
+    assume(((weights * norms / targets - 1).abs() > 1e-5).all())  # no derivative at the kink
     by_hand = derivative(lambda w: (w * norms - targets).abs().sum(), weights)
     close(gradnorm_slope(norms, weights, targets), by_hand, 1e-9 * norms.max().item())
 
