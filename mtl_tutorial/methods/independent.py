@@ -263,10 +263,11 @@ class Independent(Method):
         if chosen:
             torch.autograd.backward([edge for _, edge in chosen], [one] * len(chosen))
         ok = finite.all()
-        if owner is not None and scaler is None:
+        if owner is not None:
             parameters = [p for g in owner.param_groups for p in g["params"] if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], torch.inf)
             ok = ok & norm.isfinite()
+        if owner is not None and scaler is None:
             if on_cpu and not ok:
                 owner.zero_grad(set_to_none=True)
                 self._raise([False] * len(tasks), tasks, "this group's step was not taken")
