@@ -27,8 +27,10 @@ test: $(FULL)  ## run the tests, then execute every chapter and compare its chec
 	$(PYTEST) tests --ignore tests/book -n 2
 	$(PYTEST) --nbval-lax --nbval-current-env --nbval-sanitize-with notebooks/nbval_sanitize.cfg --nbval-cell-timeout 300 notebooks
 
-# --all: with -W, a page that warned once would pass unseen in the next incremental build.
+# From nothing: in an incremental build a page that warned once would pass unseen, and pages of
+# modules that are gone would stay.
 book: $(FULL)  ## build the book as HTML and check that it needs no network
+	rm -rf _build
 	$(BIN)/jupyter-book build . --config _config.yml --toc book/_toc.yml --all -W --keep-going -n
 	$(PYTEST) tests/book
 	@echo "The book: file://$(CURDIR)/_build/html/index.html"
