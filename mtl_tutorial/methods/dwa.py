@@ -61,7 +61,7 @@ class DWA(Method):
     family = "loss"
     sees = "losses"
     passes = "1"
-    memory = "5 K"
+    memory = "4 K"
     state = "K means of two epochs, K running sums and counts"
 
     def __init__(self, temperature: float = 2.0, *, head_gradients: str = "weighted") -> None:
@@ -72,8 +72,7 @@ class DWA(Method):
 
     def _initial_state(self, view: View) -> dict[str, Tensor]:
         zeros = torch.zeros(view.n_tasks, dtype=torch.float64, device=view.device)
-        names = ("sums", "counts", "newer", "older", "epochs")
-        return {name: zeros.clone() for name in names}
+        return {name: zeros.clone() for name in ("sums", "counts", "newer", "older")}
 
     def _rule(self, view: View) -> Tensor:
         state, at = self._state, view.tasks
@@ -81,9 +80,8 @@ class DWA(Method):
         sums[at] += view.losses
         counts[at] += 1
         self._state = state | {"sums": sums, "counts": counts}
-        known = state["epochs"][at] >= 2
-        older = torch.where(known, state["older"][at], 0.0)  # zero: no ratio yet
-        return dwa_weights(state["newer"][at], older, self.temperature)
+        # Before two epochs are over the older mean is still zero, which counts as no change.
+        return dwa_weights(state["newer"][at], state["older"][at], self.temperature)
 
     def next_epoch(self) -> None:
         """Close the epoch: its mean losses become the newer ones, the newer the older."""
@@ -97,5 +95,4 @@ class DWA(Method):
             "counts": torch.zeros_like(means),
             "newer": torch.where(seen, means, state["newer"]),
             "older": torch.where(seen, state["newer"], state["older"]),
-            "epochs": state["epochs"] + seen,
         }

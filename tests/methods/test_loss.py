@@ -208,15 +208,15 @@ def test_dwa_without_epochs_is_the_sum_and_empty_epochs_change_nothing() -> None
 
 def test_dwa_task_that_an_epoch_never_saw_keeps_its_means() -> None:
     model, method = Linear(J3, L), create("dwa")
-    for missing in (None, 1, None, 1):
-        losses = [loss * (1 + i) for i, loss in enumerate(model())]
+    for epoch, missing in enumerate((None, 1, None, 1), start=1):
+        losses = [loss * epoch for loss in model()]
         if missing is not None:
             losses[missing] = losses[missing].detach()
         method.backward(losses)
         method.next_epoch()
     state = method.state_dict()["state"]
-    close(state["epochs"], vector(4, 2, 4), 0.0)
-    close(state["newer"], L * vector(1, 2, 3), 1e-12)
+    close(state["newer"], L * vector(4, 3, 4), 1e-12)
+    close(state["older"], L * vector(3, 1, 3), 1e-12)
 
 
 # ------------------------------------------------------------------- geometric mean, sum of logs
