@@ -40,10 +40,7 @@ def toy_losses(x: Tensor) -> Tensor:
         Losses (..., 2); they may be negative.
     """
     x1, x2 = x[..., 0], x[..., 1]
-    # Both sides pass their gradient at x2 = 0, where one of the usual runs starts. That of clamp
-    # and maximum at a tie is another in each release of torch; where it is zero, the run is stuck.
-    above = torch.where(x2 >= 0, torch.tanh(x2 / 2), 0.0)
-    below = torch.where(x2 <= 0, torch.tanh(-x2 / 2), 0.0)
+    above, below = _positive(torch.tanh(x2 / 2)), _positive(torch.tanh(-x2 / 2))
     valley1 = ((-x1 - 7) / 2 - torch.tanh(-x2)).abs().clamp(min=_FLOOR).log() + 6
     valley2 = ((3 - x1) / 2 + torch.tanh(-x2) + 2).abs().clamp(min=_FLOOR).log() + 6
     bowl1 = ((7 - x1) ** 2 + 0.1 * (x2 + 8) ** 2) / 10 - 20
