@@ -6,10 +6,18 @@ from pathlib import Path
 
 from .. import names
 from .base import BUDGETS, Benchmark, Data, Protocol, Task
+from .class_streams import (
+    Cifar10Partial,
+    Cifar10Partial5,
+    Cifar10Rotation,
+    MnistPartial,
+    MnistPartial5,
+)
 from .helmholtz import Helmholtz
 from .multidigits import MultiDigits
 from .multimnist import MultiFashion, MultiFashionMNIST, MultiMNIST
 from .office_caltech10 import OfficeCaltech10
+from .office_images import Office31, OfficeHome
 from .school import School
 from .toy import Toy, toy_losses
 
@@ -36,7 +44,14 @@ CLASSES: dict[str, type[Benchmark]] = {
         MultiMNIST,
         MultiFashion,
         MultiFashionMNIST,
+        Cifar10Rotation,
+        Cifar10Partial,
+        Cifar10Partial5,
+        MnistPartial,
+        MnistPartial5,
         OfficeCaltech10,
+        OfficeHome,
+        Office31,
         School,
     )
 }

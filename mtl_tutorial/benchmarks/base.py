@@ -140,6 +140,7 @@ class Benchmark:
     tasks: ClassVar[tuple[Task, ...]] = ()
 
     root: Path | str | None = None
+    remark: str = ""  # what a table must say of the data at hand, set by `load`
     data: Splits = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
