@@ -1,0 +1,119 @@
+"""Run one weighting of LibMTL on a toy, without the rest of LibMTL.
+
+``import LibMTL`` loads its architectures and trainer, which need modules that torchvision no longer
+has, and a graph library in newer copies. The weightings need none of them. So its two packages are
+put in place empty, with their folders as the search path, and each weighting's file is imported by
+itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+
+def weighting_class(name: str) -> type[nn.Module]:
+    """A weighting of the installed LibMTL, for example "PCGrad"; skips the test without LibMTL."""
+    spec = importlib.util.find_spec("LibMTL") if "LibMTL" not in sys.modules else None
+    if "LibMTL" not in sys.modules:
+        if spec is None or not spec.submodule_search_locations:
+            pytest.skip("needs LibMTL; do: pip install -e '.[test]'")
+        for package in ("LibMTL", "LibMTL.weighting"):
+            module = ModuleType(package)
+            folder = Path(spec.submodule_search_locations[0], *package.split(".")[1:])
+            module.__path__ = [str(folder)]
+            sys.modules[package] = module
+    try:
+        return getattr(importlib.import_module(f"LibMTL.weighting.{name}"), name)
+    except ImportError as error:
+        pytest.skip(f"this LibMTL cannot provide {name}: {error}")
+
+
+@dataclass
+class Step:
+    """What one backward of a weighting left.
+
+    Attributes:
+        direction: gradient of the shared parameters (P,).
+        heads: gradient of each task's own parameter (K,).
+        weights: what the weighting reports, or None.
+    """
+
+    direction: Tensor
+    heads: Tensor
+    weights: Tensor | None
+
+
+class Toy(nn.Module):
+    """What a weighting expects around itself: shared parameters, tasks, an epoch, a device.
+
+    The losses are ``L_k = J_k . theta + phi_k + offset_k`` at theta = 0, phi = 0.
+    """
+
+    rep_grad = False
+    epoch = 0
+    device = torch.device("cpu")
+
+    def set_up(self, k: int, p: int) -> None:
+        self.task_num = k
+        self.task_name = [str(i) for i in range(k)]
+        self.theta = nn.Parameter(torch.zeros(p))
+        self.phi = nn.Parameter(torch.zeros(k))
+        self.init_param()
+
+    def get_share_params(self) -> list[nn.Parameter]:
+        return [self.theta]
+
+    def zero_grad_share_params(self) -> None:
+        self.theta.grad.zero_()
+
+
+class Weighting:
+    """One weighting of LibMTL on toys of K tasks and P shared parameters.
+
+    Args:
+        name: LibMTL's class.
+        k: number of tasks.
+        p: number of shared parameters.
+        **arguments: what LibMTL passes to `backward` from its command line.
+    """
+
+    def __init__(self, name: str, k: int, p: int, **arguments: Any) -> None:
+        self.model = type(name, (weighting_class(name), Toy), {})()
+        self.model.set_up(k, p)
+        self.arguments = arguments
+
+    def step(self, jacobian: Tensor, losses: Tensor | None = None) -> Step:
+        """Backward at the given Jacobian (K, P) and losses (K,), which are ones by default."""
+        model = self.model
+        losses = torch.ones(len(jacobian)) if losses is None else losses
+        model.zero_grad()
+        # Some weightings fill a gradient that they expect to be there.
+        model.theta.grad = torch.zeros_like(model.theta)
+        weights = model.backward(jacobian @ model.theta + model.phi + losses, **self.arguments)
+        return Step(
+            model.theta.grad.clone(),
+            model.phi.grad.clone(),
+            None if weights is None else torch.as_tensor(weights, dtype=torch.float64),
+        )
+
+    def features_step(self, jacobian: Tensor, features: Tensor) -> Tensor:
+        """Gradient of the shared representation (1, P), of which the losses are linear."""
+        model = self.model
+        model.rep_grad = True
+        model.rep = features[None].clone().requires_grad_()
+        model.rep_tasks = {
+            task: model.rep.detach().clone().requires_grad_() for task in model.task_name
+        }
+        losses = [row @ z[0] for row, z in zip(jacobian, model.rep_tasks.values(), strict=True)]
+        model.backward(torch.stack(losses), **self.arguments)
+        return model.rep.grad[0]
