@@ -5,11 +5,11 @@ Office-Home (Venkateswara et al.: "Deep Hashing Network for Unsupervised Domain 
 Category Models to New Domains", ECCV 2010): amazon, dslr, webcam, 31 classes. ExcessMTL's main
 benchmark is the first.
 
-Layout: ``office_home/DOMAIN/CLASS/image.jpg`` and ``office_31/DOMAIN/CLASS/image.jpg`` below the data
-folder; domains are found without regard to case, blanks and underscores, and ``DOMAIN/images`` is
-looked through. If text files ``DOMAIN_train.txt``, ``DOMAIN_val.txt``, ``DOMAIN_test.txt`` lie beside
-the domains, with lines ``path label`` (LibMTL's split lists), they are the split; else 60 % / 20 % /
-20 % of each domain at random, always the same.
+Layout: ``office_home/DOMAIN/CLASS/image.jpg`` and ``office_31/DOMAIN/CLASS/image.jpg`` below the
+data folder; domains are found without regard to case, blanks and underscores, and ``DOMAIN/images``
+is looked through. If text files ``DOMAIN_train.txt``, ``DOMAIN_val.txt`` and ``DOMAIN_test.txt`` lie
+beside the domains, with lines ``path label`` (LibMTL's split lists), they are the split; else 60 %,
+20 % and 20 % of each domain at random, always the same.
 
 Network of the ExcessMTL code: ResNet-18, then Linear 512, batch normalisation, ReLU, dropout 0.5,
 shared; one linear head per domain. Pretrained weights are optional (``pretrained=True`` downloads
@@ -186,16 +186,12 @@ class OfficeHome(StreamBenchmark):
         weights = models.ResNet18_Weights.DEFAULT if self.pretrained else None
         body = models.resnet18(weights=weights)
         body.fc = nn.Identity()
+        neck = nn.Linear(512, 512)
+        nn.init.normal_(neck.weight, std=0.005)
+        nn.init.constant_(neck.bias, 0.1)
         trunk = nn.Sequential(
-            Normalise(),
-            body,
-            nn.Linear(512, 512),
-            nn.BatchNorm1d(512),
-            nn.ReLU(),
-            nn.Dropout(0.5),
+            Normalise(), body, neck, nn.BatchNorm1d(512), nn.ReLU(), nn.Dropout(0.5)
         )
-        nn.init.normal_(trunk[2].weight, std=0.005)
-        nn.init.constant_(trunk[2].bias, 0.1)
         return HardSharing(trunk, [nn.Linear(512, self.n_classes) for _ in self.domains])
 
 
