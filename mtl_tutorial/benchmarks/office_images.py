@@ -7,7 +7,7 @@ benchmark is the first.
 
 Layout: ``office_home/DOMAIN/CLASS/image.jpg`` and ``office_31/DOMAIN/CLASS/image.jpg`` below the
 data folder; domains are found without regard to case, blanks and underscores, and ``DOMAIN/images``
-is looked through. If text files ``DOMAIN_train.txt``, ``DOMAIN_val.txt`` and ``DOMAIN_test.txt`` lie
+is looked through. If ``DOMAIN_train.txt``, ``DOMAIN_val.txt`` and ``DOMAIN_test.txt`` lie
 beside the domains, with lines ``path label`` (LibMTL's split lists), they are the split; else 60 %,
 20 % and 20 % of each domain at random, always the same.
 
