@@ -85,6 +85,13 @@ def task_gradients(losses: Losses, parameters: Iterable[Tensor]) -> Tensor:
     return full
 
 
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a small host tensor to the device, without waiting for what runs there."""
+    if device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 def add_gradient(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
     """Add gradients to ``.grad``, as ``backward`` does: parameters without one are left alone."""
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -183,6 +190,13 @@ class LossGraph:
                 "expected features computed from the shared parameters, got a leaf tensor; pass "
                 "the trunk's output before any detach()"
             )
+
+    @property
+    def present_values(self) -> Tensor:
+        """Losses (n,) of the present tasks, detached."""
+        if len(self.present) == self.n_tasks:
+            return self.values
+        return torch.stack([self.values[k] for k in self.present])
 
     def partition(
         self,
@@ -360,6 +374,14 @@ class View:
         self.eps = 1e-14 if source.dtype == torch.float64 else torch.finfo(torch.float32).eps
 
     @property
+    def index(self) -> Tensor:
+        """`tasks` as an int64 tensor (n,) on the device, to index state with.
+
+        A list as an index is copied to the device at every use, and the host waits for that.
+        """
+        return upload(torch.tensor(self.tasks), self.device)
+
+    @property
     def has_losses(self) -> bool:
         return self._losses is not None
 
@@ -387,7 +409,9 @@ class View:
         if self._losses is not None:
             self._losses = torch.where(ok, self._losses, 1.0)
         if self._gram is not None:
-            self._gram = torch.where(ok, self._gram, torch.eye(len(self._gram)).to(self._gram))
+            self._gram = torch.where(
+                ok, self._gram, torch.eye(len(self._gram), out=torch.empty_like(self._gram))
+            )
         elif self.rows is not None:
             self.rows = torch.where(ok, self.rows, 0.0)
 
@@ -588,7 +612,7 @@ class Method:
         scale: Tensor | None,
     ) -> Info:
         """Weights first, then one backward pass of the weighted losses."""
-        losses = graph.values[graph.present]
+        losses = graph.present_values
         view = View(losses=losses, tasks=graph.present, n_tasks=graph.n_tasks)
         weights, _, ok = self._solve(view, masked=scale is not None)
         assert weights is not None
@@ -612,7 +636,7 @@ class Method:
     def _backward_rows(self, graph: LossGraph, scale: Tensor | None) -> Info:
         """One backward pass per task, then weights, then the weighted rows."""
         rows, head_gradients = graph.rows_and_head_gradients(scale)
-        losses = graph.values[graph.present]
+        losses = graph.present_values
         view = View(losses=losses, rows=rows, tasks=graph.present, n_tasks=graph.n_tasks)
         weights, head_weights, ok = self._solve(view, masked=scale is not None)
         direction = self._combine(weights, rows)
@@ -739,7 +763,8 @@ class Method:
         full = weights
         if weights is not None and len(graph.present) < graph.n_tasks:
             full = weights.new_zeros(graph.n_tasks)
-            full[graph.present] = weights
+            for k, weight in zip(graph.present, weights, strict=True):
+                full[k] = weight
         return Info(graph.values, full, gram, ok)
 
     def _raise(self, finite: list[bool], tasks: Sequence[int], what: str) -> None:

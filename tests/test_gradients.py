@@ -525,6 +525,46 @@ def test_values_are_read_on_the_host_by_the_finite_check_alone(monkeypatch, name
     assert {caller for _, caller in calls} <= {"_solve"}
 
 
+@pytest.mark.parametrize("absent", [False, True])
+@pytest.mark.parametrize("name", ["equal", "imtl_l", "excess_mtl"])
+def test_no_step_copies_from_the_host_but_by_upload(monkeypatch, name, absent):
+    """A list as an index, or `.to(device)`, makes the host wait for an accelerator's queue."""
+    calls = []
+    getitem, setitem, to = Tensor.__getitem__, Tensor.__setitem__, Tensor.to
+
+    def caller():
+        return sys._getframe(2).f_code.co_name
+
+    def recorded_getitem(self, index):
+        calls.extend([caller()] if isinstance(index, list) else [])
+        return getitem(self, index)
+
+    def recorded_setitem(self, index, value):
+        calls.extend([caller()] if isinstance(index, list) else [])
+        return setitem(self, index, value)
+
+    def recorded_to(self, *args, **kwargs):
+        moves = not all(isinstance(x, torch.dtype) for x in args) or "device" in kwargs
+        calls.extend([caller()] if moves else [])
+        return to(self, *args, **kwargs)
+
+    model, method = Regression(3), create(name)
+    monkeypatch.setattr(Tensor, "__getitem__", recorded_getitem)
+    monkeypatch.setattr(Tensor, "__setitem__", recorded_setitem)
+    monkeypatch.setattr(Tensor, "to", recorded_to)
+    for batch in range(2):
+        losses = model.losses_from(model.features(batch), batch)
+        if absent:
+            losses[1] = losses[1].detach()
+        method.backward(losses, shared=model.trunk.parameters())
+    recorded = set(calls)
+    calls.clear()
+    torch.ones(2)[[0]].to("cpu")
+    assert len(calls) == 2  # the recorder sees both
+    monkeypatch.undo()
+    assert recorded <= {"upload"}
+
+
 def test_the_recorder_of_host_reads_sees_them(monkeypatch):
     calls = record_syncs(monkeypatch)
     x = torch.ones(())

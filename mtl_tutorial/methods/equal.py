@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..gradients import Method, View
+from ..gradients import Method, View, upload
 
 
 def equal_weights(k: int, reduction: str = "mean") -> Tensor:
@@ -45,4 +45,4 @@ class Equal(Method):
         self.reduction = reduction
 
     def _rule(self, view: View) -> Tensor:
-        return equal_weights(len(view.tasks), self.reduction).to(view.device)
+        return upload(equal_weights(len(view.tasks), self.reduction), view.device)

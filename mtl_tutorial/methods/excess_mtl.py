@@ -110,7 +110,7 @@ class ExcessMTL(Method):
                 "new ExcessMTL when tasks or shared parameters change"
             )
         every = len(view.tasks) == view.n_tasks
-        at = torch.tensor(view.tasks, device=rows.device)
+        at = view.index
         squares = torch.addcmul(state["squares"] if every else state["squares"][at], rows, rows)
         risks = excess_risks(rows, squares)
         warm = state["seen"][at] < self.warmup

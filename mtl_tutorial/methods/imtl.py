@@ -147,10 +147,11 @@ class IMTLL(Method):
     def _advance(self, view: View) -> Tensor:
         """Factors e^{s_k} (n,) of this step; moves s_k of the present tasks for the next one."""
         before = self._state["log_scales"]
-        after = before.clone()
-        after[view.tasks] = imtl_l_step(before[view.tasks], view.losses, self.lr, self.bound)
-        self._state = {"log_scales": after}
-        return before[view.tasks].exp()
+        at = view.index
+        now = before[at]
+        moved = imtl_l_step(now, view.losses, self.lr, self.bound)
+        self._state = {"log_scales": before.index_copy(0, at, moved)}
+        return now.exp()
 
     def _rule(self, view: View) -> Tensor:
         return self._advance(view)
@@ -182,7 +183,7 @@ class IMTL(IMTLL):
         if view.has_losses:
             factors = self._advance(view)
         else:
-            factors = self._state["log_scales"][view.tasks].exp()
+            factors = self._state["log_scales"][view.index].exp()
         self._factors = factors
         return factors * imtl_g_weights(view.gram * factors * factors[:, None], view.eps)
 
