@@ -166,10 +166,12 @@ class FAMO(Method):
 
     def _excess(self, losses: Tensor, n_tasks: int, tasks: list[int]) -> Tensor:
         """D (n,) of the losses (n,) of some tasks."""
-        bounds = [0.0] * n_tasks if self.lower_bounds is None else self.lower_bounds
+        bounds = self.lower_bounds
+        if bounds is None:
+            return losses.clamp(min=0) + EPSILON
         if len(bounds) != n_tasks:
             raise ValueError(f"famo: expected lower_bounds for {n_tasks} tasks, got {len(bounds)}")
-        b = torch.tensor(bounds, dtype=torch.float64)[tasks].to(losses.device)
+        b = torch.tensor(bounds, dtype=torch.float64)[tasks].to(losses.device, non_blocking=True)
         return (losses - b).clamp(min=0) + EPSILON
 
     def _update(self, losses_after: Losses, stepped: Tensor | None) -> None:

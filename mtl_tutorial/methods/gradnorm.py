@@ -136,11 +136,9 @@ class GradNorm(Method):
         targets = gradnorm_targets(norms, weights, losses / initial, self.alpha)
         moved = weights - self.lr * gradnorm_slope(norms, weights, targets)
         moved = moved.clamp(min=SMALLEST)
-        new = {
-            "weights": moved * (weights.sum() / moved.sum()),
-            "first": initial,
-            "seen": torch.ones_like(state["seen"][at]),
-        }
-        index = torch.tensor(at, device=view.device)
-        self._state = {name: state[name].index_copy(0, index, v) for name, v in new.items()}
+        after = {name: value.clone() for name, value in state.items()}
+        after["weights"][at] = moved * (weights.sum() / moved.sum())
+        after["first"][at] = initial
+        after["seen"][at] = True
+        self._state = after
         return weights

@@ -55,4 +55,4 @@ class RLW(Method):
 
     def _rule(self, view: View) -> Tensor:
         weights = random_weights(view.n_tasks, self._generator)[view.tasks]
-        return (weights / weights.sum()).to(view.device)
+        return (weights / weights.sum()).to(view.device, non_blocking=True)

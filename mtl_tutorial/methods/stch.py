@@ -150,9 +150,10 @@ class STCH(Method):
         """The setting's entries (n,) of the present tasks."""
         given = getattr(self, setting)
         if given is None:
-            given = [default] * view.n_tasks
+            return torch.full_like(view.losses, default)
         if len(given) != view.n_tasks:
             raise ValueError(
                 f"stch: expected {setting} for each of {view.n_tasks} tasks, got {len(given)}"
             )
-        return torch.tensor(given, dtype=torch.float64)[view.tasks].to(view.device)
+        entries = torch.tensor(given, dtype=torch.float64)[view.tasks]
+        return entries.to(view.device, non_blocking=True)

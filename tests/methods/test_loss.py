@@ -195,6 +195,12 @@ def test_dwa_zero_mean_counts_as_standing_still_where_torchjd_gives_nan() -> Non
     assert derivative(theirs, L).isnan().all()
 
 
+def test_dwa_ratio_of_a_tiny_and_a_huge_mean_is_finite() -> None:
+    """The quotient leaves float64's range; the softmax must not see an infinity."""
+    weights = dwa_weights(vector(1e300, 1, 1), vector(1e-300, 1, 1))
+    close(weights, vector(3, 0, 0), 1e-12)
+
+
 def test_dwa_without_epochs_is_the_sum_and_empty_epochs_change_nothing() -> None:
     method = create("dwa")
     method.next_epoch()
@@ -719,6 +725,29 @@ def test_odd_losses_and_gradients_give_finite_steps(name: str, settings: dict, l
             method.next_epoch()
         for state in method.state_dict()["state"].values():
             assert state.isfinite().all(), label
+
+
+@pytest.mark.parametrize(("name", "settings"), [v for v in VARIANTS if v[0] != "rlw"], ids=str)
+def test_first_steps_without_a_task_are_those_of_the_others_alone(name, settings) -> None:
+    """Over three batches; the absent task's own state stays what it was at the start."""
+    partial, alone = create(name, **settings), create(name, **settings)
+    for losses in STEPS[:3]:
+        model, others = Linear(J3, losses), Linear(J3[[0, 2]], losses[[0, 2]])
+        values = model()
+        values[1] = values[1].detach()
+        partial.backward(values, shared=model.shared, heads=model.heads)
+        alone.backward(others(), shared=others.shared, heads=others.heads)
+        close(model.theta.grad, others.theta.grad, 1e-12)
+        assert model.phi[1].grad is None
+        for method in (partial, alone):
+            method.next_epoch()
+    mine, theirs = partial.state_dict()["state"], alone.state_dict()["state"]
+    for key, state in mine.items():
+        if state.dim() == 0:
+            close(state, theirs[key], 0.0)
+            continue
+        close(state[[0, 2]], theirs[key], 1e-12)
+        assert state[1] == (key == "weights")  # GradNorm's weights start at one, all else at 0
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "rlw"])
