@@ -174,12 +174,21 @@ def test_gram_matrix_is_not_computed_in_autocast_precision(level):
 # ---------------------------------------------------------------------- backward into .grad
 
 
-def test_backward_adds_to_grad_as_torch_does():
+@pytest.mark.parametrize(
+    "method",
+    [
+        Equal("sum"),
+        Equal("sum", head_gradients="raw"),
+        ExcessMTL(step_size=0.0),  # uniform weights, through rows
+    ],
+    ids=["losses", "losses_raw_heads", "rows"],
+)
+def test_backward_adds_to_grad_as_torch_does(method):
     model, twin = Regression(3), Regression(3)
-    method = Equal(reduction="sum")
+    scale = 1.0 if method.name == "equal" else 1 / 3
     for batch in range(3):  # not zeroed in between
         method.backward(model(batch), shared=model.trunk.parameters())
-        twin(batch).sum().backward()
+        (scale * twin(batch).sum()).backward()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         close(p.grad, q.grad, atol=1e-12)
 
