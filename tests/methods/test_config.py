@@ -112,6 +112,14 @@ def test_config_of_opposite_gradients_is_zero_where_torchjd_gives_noise():
     assert 0 < noise.norm() < 1e-6
 
 
+@given(seeds, st.sampled_from([torch.float64, torch.float32]))
+def test_config_of_opposite_gradients_is_zero_whatever_their_digits(seed, dtype):
+    """Without the guard rounding noise is blown up to a full step."""
+    g = gaussian(1, 9, seed).to(dtype)
+    for jacobian in (torch.cat([g, -3 * g]), torch.cat([g, -g, torch.zeros_like(g)])):
+        close(create("config").direction(jacobian), torch.zeros(9), 0)
+
+
 def test_config_degenerate_inputs_have_the_documented_answers():
     g, h = vector(1, 2, 0, -1), vector(0, 1, 3, 1)
     zero = 0 * g
