@@ -54,7 +54,7 @@ def list_command(as_json: bool) -> None:
             "title": cls.title,
             "tasks": len(cls.tasks),
             "data": "nothing to download" if cls.embedded else cls.source,
-            "here": "yes" if cls.embedded else "no",
+            "here": "yes" if cls().here() else "no",
         }
         for name, cls in sorted(benchmarks.CLASSES.items())
     ]
@@ -85,6 +85,13 @@ def list_command(as_json: bool) -> None:
     show_default=True,
     help="Folder for result files.",
 )
+@click.option(
+    "--noise",
+    default=None,
+    metavar="TASK:FRACTION[:fixed]",
+    help="Random labels on a fraction of one task's training examples, drawn anew every epoch, or "
+    "once with `:fixed`.",
+)
 @click.option("--threads", default=1, show_default=True, help="Torch's threads on the CPU.")
 @json_option
 def run(
@@ -94,6 +101,7 @@ def run(
     budget: str,
     device: str,
     out: Path,
+    noise: str | None,
     threads: int,
     as_json: bool,
 ) -> None:
@@ -104,6 +112,7 @@ def run(
     """
     from . import benchmarks as benches
     from . import results, training
+    from .noise import parse_noise
 
     bench = benches.create(benchmark)
     if budget not in bench.protocols:
@@ -112,6 +121,9 @@ def run(
         raise ValueError(f"expected --seeds of 1 or more, got {seeds}")
     if threads < 1:
         raise ValueError(f"expected --threads of 1 or more, got {threads}")
+    noisy = None if noise is None else parse_noise(noise)
+    if noisy is not None:
+        bench.noisy_task(noisy)
     chosen = training.pick_device(device)
     if chosen.type == "cpu":
         import torch
@@ -121,7 +133,7 @@ def run(
     for why in left_out:
         click.echo(why, err=True)
     cells = [
-        training.Cell(benchmark, budget, bench.protocols[budget], spec, seed)
+        training.Cell(benchmark, budget, bench.protocols[budget], spec, seed, noisy)
         for seed in range(seeds)
         for spec in specs
     ]
@@ -180,6 +192,34 @@ def plot(folder: Path, out: Path | None, as_json: bool) -> None:
     else:
         for path in written:
             click.echo(f"figure written: {path}")
+
+
+@app.command()
+@click.argument("name")
+@click.option(
+    "--root",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Folder of the data sets; default: MTL_TUTORIAL_DATA, else ~/.cache/mtl_tutorial.",
+)
+def data(name: str, root: Path | None) -> None:
+    """Download the data set NAME (mnist, fashionmnist or cifar10), through torchvision."""
+    from . import names
+    from .data import DOWNLOADS, data_root
+
+    if name not in DOWNLOADS:
+        near = names.nearest(name, list(DOWNLOADS), "sets that can be downloaded")
+        raise ValueError(f"no data set {name!r}; {near}; others come from their authors")
+    folder = data_root(root)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        DOWNLOADS[name](folder)
+    except (RuntimeError, OSError) as error:
+        raise OSError(
+            f"expected to download {name} into {folder}, got: {error}; try again, or copy the "
+            "files there by hand"
+        ) from None
+    click.echo(f"{name} is in {folder}")
 
 
 @app.command()

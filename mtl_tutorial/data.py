@@ -99,6 +99,11 @@ MNIST_MD5 = {
 """MD5 sums of the four official files of each set, unzipped."""
 
 
+def mnist_folder(name: str, root: Path | str | None) -> Path:
+    """Where torchvision keeps the files of MNIST or Fashion-MNIST."""
+    return data_root(root) / name / "raw"
+
+
 def load_mnist(name: str, root: Path | str | None, train: bool) -> tuple[Tensor, Tensor]:
     """MNIST or Fashion-MNIST through torchvision, its files checked against the official ones.
 
@@ -117,7 +122,7 @@ def load_mnist(name: str, root: Path | str | None, train: bool) -> tuple[Tensor,
     folder = data_root(root)
     for file, md5 in MNIST_MD5[name].items():
         if file.startswith("train" if train else "t10k"):
-            path = folder / name / "raw" / file
+            path = mnist_folder(name, root) / file
             require(path, f"{name}'s file", f"do `mtl-tutorial data {name.lower()}`")
             verify(path, md5)
     data_set = getattr(datasets, name)(folder, train=train, download=False)

@@ -19,6 +19,7 @@ from . import results
 
 SINGLE = (5.5, 3.4)  # inches
 PAIR = (7.6, 3.0)
+MOST_PANELS = 5
 
 # Okabe and Ito's colour-blind safe colours, without their yellow, which is faint on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")
@@ -126,13 +127,25 @@ def _legend(figure: Figure) -> None:
 
 
 def learning_curves(runs: Runs) -> Figure:
-    """Validation score against epoch, one panel per task, for the first metric of each."""
+    """Validation score against epoch, one panel per task, for the first metric of each.
+
+    With more than five tasks, one panel with their mean.
+    """
     metrics = runs[0]["metrics"]
-    width = PAIR[0] / 2 * max(2, len(metrics))
-    figure, panels = plt.subplots(1, len(metrics), figsize=(width, PAIR[1]), squeeze=False)
-    for axes, (task, names) in zip(panels[0], metrics.items(), strict=True):
+    shown = list(metrics.items())
+    if len(shown) > MOST_PANELS:
+        shown = [(f"mean of {len(metrics)} tasks", next(iter(metrics.values())))]
+    width = PAIR[0] / 2 * max(2, len(shown))
+    figure, panels = plt.subplots(1, len(shown), figsize=(width, PAIR[1]), squeeze=False)
+    for axes, (task, names) in zip(panels[0], shown, strict=True):
         metric = next(iter(names))
-        _lines(axes, runs, lambda h, t=task, m=metric: h["val"][t][m], f"{task}: {metric}")  # type: ignore[misc]
+
+        def value(h: dict[str, Any], task: str = task, metric: str = metric) -> float | None:
+            if task in h["val"]:
+                return h["val"][task][metric]
+            return float(np.mean([scores[metric] for scores in h["val"].values()]))
+
+        _lines(axes, runs, value, f"{task}: {metric}")
     _legend(figure)
     return figure
 
@@ -166,19 +179,20 @@ def comparison(table: results.Table) -> Figure:
 
     The single-task baseline is a line; Delta m stands beside where it means something.
     """
-    names = [(task, m, up) for task, ms in table.metrics.items() for m, up in ms.items()]
+    numbers = results.columns(table)
     rows = [r for r in table.rows if r.seeds and r.label != results.BASELINE][::-1]
     base = next((r for r in table.rows if r.label == results.BASELINE and r.seeds), None)
     with_delta = base is not None and any(not np.isnan(r.delta_m[0]) for r in rows)
-    columns = len(names) + with_delta
-    size = (2.6 * columns + 1.6, 0.3 * len(rows) + 1.2)
-    figure, panels = plt.subplots(1, columns, figsize=size, squeeze=False, sharey=True)
+    size = (2.6 * (len(numbers) + with_delta) + 1.6, 0.3 * len(rows) + 1.2)
+    figure, panels = plt.subplots(
+        1, len(numbers) + with_delta, figsize=size, squeeze=False, sharey=True
+    )
     heights = np.arange(len(rows))
-    for axes, (task, metric, up) in zip(panels[0], names, strict=False):
-        _points(axes, rows, [r.scores[task][metric] for r in rows])
-        axes.set_xlabel(f"{task} {metric} ({'higher' if up else 'lower'} is better)")
+    for axes, (name, up, value) in zip(panels[0], numbers, strict=False):
+        _points(axes, rows, [value(row) for row in rows])
+        axes.set_xlabel(f"{name} ({'higher' if up else 'lower'} is better)")
         if base is not None:
-            axes.axvline(base.scores[task][metric][0], color="#7F7F7F", linestyle=":")
+            axes.axvline(value(base)[0], color="#7F7F7F", linestyle=":")
     if with_delta:
         axes = panels[0][-1]
         _points(axes, rows, [r.delta_m for r in rows])
@@ -215,13 +229,7 @@ def save_all(root: Path, folder: Path) -> list[Path]:
     with mpl.rc_context():
         set_style()
         for table in results.tables(found):
-            runs = [
-                r
-                for r in found
-                if r["finished"]
-                and (r["benchmark"], r["budget"], r["protocol"])
-                == (table.benchmark, table.budget, table.protocol)
-            ]
+            runs = [r for r in found if r["finished"] and table.holds(r)]
             if not runs:
                 continue
             figures = {
@@ -232,6 +240,7 @@ def save_all(root: Path, folder: Path) -> list[Path]:
             }
             # Two protocols may share benchmark and budget, when a release changed one.
             group = f"{table.benchmark}-{table.budget}"
+            group += f"-noise-{table.noise.replace(':', '-')}" if table.noise else ""
             groups.append(group)
             group += f"-{groups.count(group)}" if groups.count(group) > 1 else ""
             for name, figure in figures.items():

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from .metrics import Scores, delta_m, mean_rank
 
 FORMAT = 1
 BASELINE = "single_task"
+GROUPED_BY = ("benchmark", "budget", "protocol", "noise", "remark")  # what one table has in common
+MOST_COLUMNS = 8  # numbers per method; beyond, tasks are averaged
 TABLE_FORMATS = ("text", "markdown", "csv", "latex", "json")
 _REQUIRED: dict[str, type] = {
     "benchmark": str,
@@ -158,6 +160,7 @@ class Row:
     label: str
     seeds: list[int]
     scores: dict[str, dict[str, tuple[float, float]]]  # task -> metric -> mean, std
+    averages: dict[str, tuple[float, float]]  # metric -> mean, std of the mean over tasks
     delta_m: tuple[float, float]
     mean_rank: float
     seconds: float  # per epoch
@@ -176,12 +179,20 @@ class Table:
     devices: list[str]
     versions: list[str]
     synthetic: bool
+    noise: str | None = None
+    remark: str | None = None
+
+    def holds(self, result: dict[str, Any]) -> bool:
+        """Whether a result belongs to this table."""
+        return all((result.get(k) or None) == (getattr(self, k) or None) for k in GROUPED_BY)
 
     @property
     def title(self) -> str:
         """What stands above the table: benchmark, budget, device, versions."""
         p = self.protocol
         made_up = " (synthetic)" if self.synthetic else ""
+        made_up += f" ({self.remark})" if self.remark else ""
+        made_up += f", label noise {self.noise}" if self.noise else ""
         return (
             f"{self.benchmark}{made_up}, budget {self.budget}: {p['epochs']} epochs, batch "
             f"{p['batch_size']}, {p['optimizer']} lr {p['lr']:g}, {p['schedule']}; test scores "
@@ -190,10 +201,10 @@ class Table:
 
 
 def tables(results: Iterable[dict[str, Any]]) -> list[Table]:
-    """Group results by benchmark and protocol, one table each, in order of first appearance."""
+    """Group results that can be compared, one table each, in order of first appearance."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
-        key = json.dumps([result["benchmark"], result["budget"], result["protocol"]])
+        key = json.dumps([result.get(k) or None for k in GROUPED_BY])
         groups.setdefault(key, []).append(result)
     return [_table(group) for group in groups.values()]
 
@@ -222,6 +233,7 @@ def _table(results: list[dict[str, Any]]) -> Table:
                 label=label,
                 seeds=sorted(r["seed"] for r in done[label]),
                 scores=scores,
+                averages=_averages(tests, higher),
                 delta_m=_mean_std(drops if label != BASELINE else []),
                 mean_rank=ranks.get(label, math.nan),
                 seconds=_mean_std([r.get("seconds_per_epoch") for r in done[label]])[0],
@@ -238,6 +250,8 @@ def _table(results: list[dict[str, Any]]) -> Table:
         devices=sorted({r.get("device", {}).get("name", "unknown device") for r in results}),
         versions=sorted({_versions(r) for r in results}),
         synthetic=bool(first.get("synthetic")),
+        noise=first.get("noise"),
+        remark=first.get("remark"),
     )
 
 
@@ -260,6 +274,22 @@ def _mean_scores(
     }
 
 
+def _averages(
+    runs: Sequence[Scores], higher: dict[str, dict[str, bool]]
+) -> dict[str, tuple[float, float]]:
+    """Per metric, mean and standard deviation over runs of the mean over the tasks that have it."""
+    metrics = {metric: [t for t, ms in higher.items() if metric in ms] for metric in _ups(higher)}
+    return {
+        metric: _mean_std([float(np.mean([_score(r, t, metric) for t in tasks])) for r in runs])
+        for metric, tasks in metrics.items()
+    }
+
+
+def _ups(higher: dict[str, dict[str, bool]]) -> dict[str, bool]:
+    """Metric to whether higher is better, over all tasks."""
+    return {metric: up for metrics in higher.values() for metric, up in metrics.items()}
+
+
 def _mean_std(values: Sequence[float | None]) -> tuple[float, float]:
     """Mean and sample standard deviation; NaN where there is nothing to take them of."""
     numbers = [math.nan if v is None else float(v) for v in values]
@@ -267,30 +297,56 @@ def _mean_std(values: Sequence[float | None]) -> tuple[float, float]:
     return mean, float(np.std(numbers, ddof=1)) if len(numbers) > 1 else math.nan
 
 
+Pair = tuple[float, float]  # mean, standard deviation
+
+
+def columns(table: Table) -> list[tuple[str, bool, Callable[[Row], Pair]]]:
+    """The numbers of a table: name, whether higher is better, and how to get it from a row.
+
+    With more than eight numbers per method, each metric is averaged over its tasks.
+    """
+
+    def of_task(task: str, metric: str) -> Callable[[Row], Pair]:
+        return lambda row: row.scores[task][metric]
+
+    def of_all(metric: str) -> Callable[[Row], Pair]:
+        return lambda row: row.averages[metric]
+
+    if sum(map(len, table.metrics.values())) <= MOST_COLUMNS:
+        return [
+            (f"{task} {metric}", up, of_task(task, metric))
+            for task, metrics in table.metrics.items()
+            for metric, up in metrics.items()
+        ]
+    k = len(table.metrics)
+    return [
+        (f"{metric}, mean of {k} tasks", up, of_all(metric))
+        for metric, up in _ups(table.metrics).items()
+    ]
+
+
 def cells(table: Table) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a table as text; an empty cell was not run."""
-    names = [(task, m, up) for task, ms in table.metrics.items() for m, up in ms.items()]
+    numbers = columns(table)
     header = [
         "method",
-        *(f"{task} {m} {'↑' if up else '↓'}" for task, m, up in names),
+        *(f"{name} {'↑' if up else '↓'}" for name, up, _ in numbers),
         "Delta m % ↓",
         "mean rank ↓",
         "s/epoch",
         "seeds",
     ]
-    body = []
-    for row in table.rows:
-        scores = [_pm(row.scores[task][m]) if row.seeds else "" for task, m, _ in names]
-        body.append(
-            [
-                row.label,
-                *scores,
-                _pm(row.delta_m),
-                "" if math.isnan(row.mean_rank) else f"{row.mean_rank:.1f}",
-                "" if math.isnan(row.seconds) else f"{row.seconds:.2f}",
-                str(len(row.seeds)) + (f" ({len(row.failed)} failed)" if row.failed else ""),
-            ]
-        )
+    body = [
+        [
+            row.label,
+            *(_pm(value(row)) for _, _, value in numbers),
+            _pm(row.delta_m),
+            "" if math.isnan(row.mean_rank) else f"{row.mean_rank:.1f}",
+            "" if math.isnan(row.seconds) else f"{row.seconds:.2f}",
+            str(len(row.seeds)) + (f" ({len(row.failed)} failed)" if row.failed else ""),
+        ]
+        for row in table.rows
+    ]
     return header, body
 
 
@@ -333,7 +389,7 @@ def render(table: Table, form: str = "text") -> str:
     return "\n".join(lines)
 
 
-def _pm(pair: tuple[float, float]) -> str:
+def _pm(pair: Pair) -> str:
     mean, std = pair
     if math.isnan(mean):
         return ""

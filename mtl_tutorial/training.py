@@ -29,6 +29,7 @@ from . import __version__, benchmarks, diagnostics, methods, results
 from .benchmarks import Benchmark, Protocol
 from .benchmarks.base import protocol_dict
 from .gradients import Method, gram_matrix, task_gradients
+from .noise import LabelNoise
 
 LEVELS = ("parameter", "feature")
 EXTRA = ("independent:optimizers=individual",)  # settings that are a method of their own
@@ -165,14 +166,18 @@ class Cell:
     protocol: Protocol
     spec: Spec
     seed: int
+    noise: LabelNoise | None = None
 
     def path(self, root: Path) -> Path:
         """The result file below an output folder."""
         run = {"method": self.spec.name, "settings": self.spec.settings, "level": self.spec.level}
+        group = self.budget
+        if self.noise is not None:
+            run["noise"] = self.noise.label
+            group += f"-noise-{self.noise.label}"
         protocol = protocol_dict(self.protocol)
         key = results.identity(self.benchmark, self.budget, protocol, run)
-        label = self.spec.label
-        return results.result_path(root, self.benchmark, self.budget, label, self.seed, key)
+        return results.result_path(root, self.benchmark, group, self.spec.label, self.seed, key)
 
 
 # ------------------------------------------------------------------------------- one run
@@ -208,7 +213,10 @@ class Run:
         start = time.perf_counter()
         losses, weights = Mean(), Mean()
         self.model.train()
-        for batch in self.benchmark.batches(protocol, self.order):
+        source, noise = self.benchmark, self.cell.noise
+        if noise is not None:
+            source = source.with_noise(noise, self.cell.seed, self.epoch)
+        for batch in source.batches(protocol, self.order):
             info = self.step(batch)
             losses.add(info.losses)
             weights.add(info.weights)
@@ -386,6 +394,8 @@ def describe(run: Run, failed: str | None = None) -> dict[str, Any]:
         "settings": run.method.settings,
         "level": cell.spec.level,
         "seed": cell.seed,
+        "noise": None if cell.noise is None else cell.noise.label,
+        "remark": bench.remark,
         "metrics": bench.higher_is_better,
         "finished": failed is None,
         "failed": failed,

@@ -6,6 +6,7 @@ worker processes.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,8 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .. import names
 from ..metrics import Metric
 from ..models import HardSharing, Separate
+from ..noise import LabelNoise
 
 BUDGETS = ("quick", "full")
 
@@ -154,13 +157,59 @@ class Benchmark:
         """A freshly initialised network, from torch's global generator."""
         raise NotImplementedError
 
+    def paths(self) -> list[Path]:
+        """Files or folders without which `load` fails."""
+        return []
+
     # What the training loop uses ------------------------------------------------------------
+
+    def here(self) -> bool:
+        """Whether the data are at hand; a cheap look, not a check of their contents."""
+        return all(path.exists() for path in self.paths())
 
     def prepare(self, device: torch.device) -> Benchmark:
         """Load the data, once, and put them on the device."""
         self.data = {name: split.to(device) for name, split in self.load().items()}
         self.device = device
         return self
+
+    def with_noise(self, noise: LabelNoise, seed: int, epoch: int) -> Benchmark:
+        """The same benchmark with noisy training labels of one task; nothing else is copied.
+
+        Raises:
+            ValueError: no such task, with the nearest names, or a task without classes.
+        """
+        k = self.noisy_task(noise)
+        split, slot = self._place(k)
+        data = self.data[split]
+        n_classes = self.tasks[k].n_classes
+        assert n_classes is not None
+        targets = list(data.targets)
+        targets[slot] = noise.apply(targets[slot], n_classes, seed, epoch)
+        noisy = copy.copy(self)
+        noisy.data = {**self.data, split: Data(data.inputs, tuple(targets))}
+        return noisy
+
+    def noisy_task(self, noise: LabelNoise) -> int:
+        """Index of the task whose labels the noise is for.
+
+        Raises:
+            ValueError: no such task, with the nearest names, or a task without classes.
+        """
+        tasks = [task.name for task in self.tasks]
+        if noise.task not in tasks:
+            near = names.nearest(noise.task, tasks, "tasks")
+            raise ValueError(f"{self.name} has no task {noise.task!r}; {near}")
+        k = tasks.index(noise.task)
+        if self.tasks[k].n_classes is None:
+            raise ValueError(
+                f"expected a classification task for label noise, got {noise.task} of {self.name}"
+            )
+        return k
+
+    def _place(self, k: int) -> tuple[str, int]:
+        """Split and position of task k's training targets."""
+        return "train", k
 
     def checksums(self) -> dict[str, str]:
         """SHA-256 of each split."""

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import datasets
 
-from ..data import check_labels, data_root, load_mnist
+from ..data import check_labels, data_root, load_mnist, mnist_folder
 from ..metrics import ACCURACY
 from ..models import HardSharing, ToUnit
 from .base import Data, Protocol, Task
@@ -184,6 +184,11 @@ class Cifar10Rotation(StreamBenchmark):
         Task(f"{d} degrees", F.cross_entropy, (ACCURACY,), n_classes=10) for d in ROTATIONS
     )
 
+    def paths(self) -> list[Path]:
+        folder = data_root(self.root)
+        official = folder / "cifar-10-batches-py"
+        return [official if official.exists() else folder / "cifar10_jpeg.tar.xz"]
+
     def images(self) -> Images:
         """CIFAR-10 with a validation part."""
         splits, copy = load_cifar10(self.root)
@@ -232,6 +237,9 @@ class MnistPartial(Cifar10Partial):
     name = "mnist_partial"
     title = "MNIST in five pairs of digits"
     source = "MNIST (LeCun et al. 1998, CC BY-SA 3.0)"
+
+    def paths(self) -> list[Path]:
+        return [mnist_folder("MNIST", self.root)]
 
     def images(self) -> Images:
         """MNIST with a validation part."""

@@ -16,13 +16,14 @@ SGD, so that methods with different step lengths can be compared.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data import load_mnist
+from ..data import load_mnist, mnist_folder
 from ..metrics import ACCURACY
 from ..models import HardSharing, ToUnit
 from .base import Benchmark, Data, Protocol, Splits, Task
@@ -74,6 +75,9 @@ class MultiMNIST(Benchmark):
         Task("left", F.cross_entropy, (ACCURACY,), n_classes=10),
         Task("right", F.cross_entropy, (ACCURACY,), n_classes=10),
     )
+
+    def paths(self) -> list[Path]:
+        return [mnist_folder(name, self.root) for name in self.sources]
 
     def load(self) -> Splits:
         generator = torch.Generator().manual_seed(0)

@@ -72,12 +72,15 @@ class OfficeCaltech10(StreamBenchmark):
         for name in FILES
     )
 
-    def load_streams(self) -> dict[str, list[Data]]:
+    def paths(self) -> list[Path]:
         folder = data_root(self.root) / "office_caltech10_surf"
+        return [folder / f"{name}_SURF_L10.mat" for name in FILES]
+
+    def load_streams(self) -> dict[str, list[Data]]:
         remedy = "get the SURF features of Gong et al. 2012 and put the four files there"
         domains = [
-            read_domain(require(folder / f"{name}_SURF_L10.mat", f"domain {name}", remedy))
-            for name in FILES
+            read_domain(require(path, f"domain {name}", remedy))
+            for name, path in zip(FILES, self.paths(), strict=True)
         ]
         generator = torch.Generator().manual_seed(0)
         parts = [split_indices(len(labels), FRACTIONS, generator) for _, labels in domains]

@@ -133,8 +133,11 @@ class OfficeHome(StreamBenchmark):
     side: int = 224
     pretrained: bool = False
 
+    def paths(self) -> list[Path]:
+        return [data_root(self.root) / self.folder]
+
     def load_streams(self) -> dict[str, list[Data]]:
-        root = data_root(self.root) / self.folder
+        root = self.paths()[0]
         streams: dict[str, list[Data]] = {"train": [], "val": [], "test": []}
         generator = torch.Generator().manual_seed(0)
         for domain in self.domains:

@@ -82,10 +82,12 @@ class School(StreamBenchmark):
     }
     tasks = tuple(Task(f"school {k + 1}", F.mse_loss, (MSE,)) for k in range(N_SCHOOLS))
 
+    def paths(self) -> list[Path]:
+        return [data_root(self.root) / "school" / "school.mat"]
+
     def load_streams(self) -> dict[str, list[Data]]:
         remedy = "get school.mat of the MALSAR package and put it there"
-        path = data_root(self.root) / "school" / "school.mat"
-        schools = read_school(require(path, "the School data", remedy))
+        schools = read_school(require(self.paths()[0], "the School data", remedy))
         generator = torch.Generator().manual_seed(0)
         parts = [split_indices(len(x), FRACTIONS, generator) for x, _ in schools]
         train_x = torch.cat([x[p[0]] for (x, _), p in zip(schools, parts, strict=True)])

@@ -44,6 +44,9 @@ class StreamBenchmark(Benchmark):
             for k, data in enumerate(streams)
         }
 
+    def _place(self, k: int) -> tuple[str, int]:
+        return f"train/{k}", 0
+
     def batches(self, protocol: Protocol, generator: torch.Generator) -> Iterator[Batch]:
         streams = [self.data[f"train/{k}"] for k in range(len(self.tasks))]
         size = protocol.batch_size
