@@ -309,6 +309,12 @@ class LossGraph:
             for edge, head in zip(self.edges, self.heads, strict=True)
         ]
 
+    def gradients_finite(self) -> Tensor:
+        """Whether ``.grad`` of every leaf of the losses is finite, 0-dimensional bool."""
+        leaves = {id(p): p for edge in self.edges for p in _leaves(edge)}
+        found = [p.grad for p in leaves.values() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(found, torch.inf).isfinite()
+
     def add_shared(self, direction: Tensor) -> None:
         """Add the direction, (P,) or the flattened features' (numel,), to the shared ``.grad``."""
         if self.features is not None:
@@ -585,10 +591,12 @@ class Method:
 
         Raises:
             ValueError: see `LossGraph`.
-            FloatingPointError: a task's loss or gradient is not finite and there is no scaler.
-                On the CPU at once, with ``.grad`` and state untouched; on an accelerator that
-                step is made zero, state untouched, and the error comes with a later call, since
-                asking at once would stall the device.
+            FloatingPointError: a task's loss or gradient is not finite and there is no scaler; a
+                rule that sees losses alone has its losses checked, while gradients are left to
+                the optimiser, as after ``losses.sum().backward()``. On the CPU at once, with ``.grad`` and state untouched; on an accelerator the
+                error comes with a later call, since asking at once would stall the device, and
+                until then the state is untouched and the step zero (for rules that look at
+                losses alone: what a plain backward pass gives).
         """
         self._raise_pending()
         if features is not None and not self.feature_level:
@@ -614,6 +622,7 @@ class Method:
         """Weights first, then one backward pass of the weighted losses."""
         losses = graph.present_values
         view = View(losses=losses, tasks=graph.present, n_tasks=graph.n_tasks)
+        before = self._state = self._state or self._initial_state(view)
         weights, _, ok = self._solve(view, masked=scale is not None)
         assert weights is not None
         factors = weights if scale is None else torch.where(ok, weights * scale, torch.inf)
@@ -631,6 +640,10 @@ class Method:
             )
             graph.add_heads(graph.head_gradients(scale), None, None)
             add_gradient(graph.shared, gradients)
+        if scale is not None:
+            # Finite losses may still have overflowing gradients; the scaler will skip those too.
+            ok = ok & graph.gradients_finite()
+            self._state = {k: torch.where(ok, v, before[k]) for k, v in self._state.items()}
         return self._info(graph, weights, None, ok)
 
     def _backward_rows(self, graph: LossGraph, scale: Tensor | None) -> Info:
