@@ -622,7 +622,8 @@ class Method:
         """Weights first, then one backward pass of the weighted losses."""
         losses = graph.present_values
         view = View(losses=losses, tasks=graph.present, n_tasks=graph.n_tasks)
-        before = self._state = self._state or self._initial_state(view)
+        self._state = self._state or self._initial_state(view)
+        before = self._snapshot()
         weights, _, ok = self._solve(view, masked=scale is not None)
         assert weights is not None
         factors = weights if scale is None else torch.where(ok, weights * scale, torch.inf)
@@ -643,7 +644,7 @@ class Method:
         if scale is not None:
             # Finite losses may still have overflowing gradients; the scaler will skip those too.
             ok = ok & graph.gradients_finite()
-            self._state = {k: torch.where(ok, v, before[k]) for k, v in self._state.items()}
+            self._keep(ok, before)
         return self._info(graph, weights, None, ok)
 
     def _backward_rows(self, graph: LossGraph, scale: Tensor | None) -> Info:
@@ -755,20 +756,31 @@ class Method:
                 self._remember(finite, view.tasks)
         if not self._state:
             self._state = self._initial_state(view)
-        before = self._state
-        drawn = None if self._generator is None else self._generator.get_state()
+        before = self._snapshot()
         if blank:
             view.blank(ok)
         weights = self._rule(view)
         head_weights = self._head_weights(weights)
         if blank:
-            self._state = {k: torch.where(ok, v, before[k]) for k, v in self._state.items()}
-            if self._generator is not None and view.device.type == "cpu":
-                assert drawn is not None
-                self._generator.set_state(drawn)
+            self._keep(ok, before)
             if head_weights is not None:
                 head_weights = torch.where(ok, head_weights, 0.0)
         return weights, head_weights, ok
+
+    def _snapshot(self) -> tuple[dict[str, Tensor], Tensor | None]:
+        """State and generator state, for `_keep`."""
+        drawn = None if self._generator is None else self._generator.get_state()
+        return self._state, drawn
+
+    def _keep(self, ok: Tensor, before: tuple[dict[str, Tensor], Tensor | None]) -> None:
+        """Put the state of `before` back where `ok` is false.
+
+        On an accelerator a generator, which lives on the host, has drawn one step's numbers more.
+        """
+        state, drawn = before
+        self._state = {k: torch.where(ok, v, state[k]) for k, v in self._state.items()}
+        if self._generator is not None and drawn is not None and ok.device.type == "cpu" and not ok:
+            self._generator.set_state(drawn)
 
     def _info(
         self, graph: LossGraph, weights: Tensor | None, gram: Tensor | None, ok: Tensor
