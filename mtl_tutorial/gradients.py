@@ -591,12 +591,11 @@ class Method:
 
         Raises:
             ValueError: see `LossGraph`.
-            FloatingPointError: a task's loss or gradient is not finite and there is no scaler; a
-                rule that sees losses alone has its losses checked, while gradients are left to
-                the optimiser, as after ``losses.sum().backward()``. On the CPU at once, with ``.grad`` and state untouched; on an accelerator the
+            FloatingPointError: a task's loss or gradient is not finite and there is no scaler.
+                On the CPU at once, with ``.grad`` and state untouched; on an accelerator the
                 error comes with a later call, since asking at once would stall the device, and
-                until then the state is untouched and the step zero (for rules that look at
-                losses alone: what a plain backward pass gives).
+                until then the state is untouched and the step zero. A rule that sees losses alone
+                has its losses checked alone; its gradients are what a plain backward pass gives.
         """
         self._raise_pending()
         if features is not None and not self.feature_level:
