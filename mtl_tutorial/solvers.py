@@ -325,12 +325,14 @@ def max_min_weights(gram: Tensor, c: float, eps: float = 1e-14) -> Tensor:
     tau = high
     for _ in range(100):
         y, distance = nearest(tau)
-        if (distance - radius).abs() <= 1e-12 * radius or high - low <= 1e-15 * high.abs():
+        # Close to a stationary point long y cancel to a short step: no more digits are left then.
+        rounding = 1e-12 + (1e-16 * (y @ norms / radius) ** 2).clamp(max=1e-6)
+        if (distance - radius).abs() <= rounding * radius or high - low <= 1e-15 * high.abs():
             break
-        low, high = (
-            torch.where(distance < radius, tau, low),
-            torch.where(distance < radius, high, tau),
-        )
+        if distance < radius:
+            low = tau
+        else:
+            high = tau
         tau = _root_on(gram, inner, y > 0, radius, eps)
         if not low < tau < high:
             tau = (low + high) / 2

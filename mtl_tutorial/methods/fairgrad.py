@@ -9,7 +9,8 @@ of its alpha-fair utilities ``x^(1 - alpha) / (1 - alpha)`` (``log x`` for alpha
     G w = w^(-1/alpha),   w > 0, entry by entry,
 
 the minimum of the convex ``1/2 w'Gw - sum_k w_k^(1 - 1/alpha) / (1 - 1/alpha)``. alpha = 1 is
-Nash-MTL, alpha -> 0 linear scalarisation, alpha -> infinity max-min fairness.
+Nash-MTL, alpha -> infinity max-min fairness. For alpha -> 0 the weights tend to one where their
+plain sum hurts no task, which is linear scalarisation; where it does, to K times DualProj's.
 
 This file needs torch, gradients.py and solvers.py.
 """

@@ -321,6 +321,43 @@ def test_max_min_step_at_stationary_points(seed: int, k: int, c: float) -> None:
         assert relative_error(d, best_in_ball(rows, c)) <= 1e-6
 
 
+@given(seeds, st.floats(1.05, 1.5), st.sampled_from([0.2, 0.5, 0.9]))
+def test_max_min_step_where_two_of_four_tasks_are_opposite(seed: int, r: float, c: float) -> None:
+    """The maximum is 0 and is reached within the ball; of its maximisers the nearest to g_0."""
+    rows = gaussian(4, 8, seed) * vector(1, 1, 9, 9)[:, None]
+    rows[1] = -r * rows[0]
+    mean = rows.mean(0)
+    d = solvers.max_min_weights(rows @ rows.T, c) @ rows
+    nearest = nearest_in_cone(rows, mean)
+    if (nearest - mean).norm() <= c * mean.norm():
+        assert (d - nearest).norm() <= 1e-8 * mean.norm()
+    assert (d - mean).norm() <= c * mean.norm() * (1 + 1e-9)
+
+
+@given(seeds, st.sampled_from([1e-3, 1e-5]), st.sampled_from([0.2, 0.9]))
+def test_max_min_step_close_to_a_stationary_point(seed: int, gap: float, c: float) -> None:
+    """Nearly opposite rows: the distance is steep in tau, the step still lies on the sphere."""
+    rows = gaussian(3, 8, seed) * vector(1, 1, 9)[:, None]
+    rows[1] = -1.1 * rows[0] + gap * rows[1]
+    weights = solvers.max_min_weights(rows @ rows.T, c)
+    d, mean = weights @ rows, rows.mean(0)
+    # The weights are 1/gap times as long as the step, and the Gram matrix holds squares.
+    assert ((d - mean).norm() / (c * mean.norm())).item() == pytest.approx(1, abs=1e-14 / gap**2)
+    slack = (1e-9 + 1e-16 / gap**2) * mean.norm() ** 2
+    assert (rows @ d).min() >= (rows @ best_in_ball(rows, c)).min() - slack
+
+
+def test_max_min_takes_few_quadratic_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parabola's root finds the answer in a few guesses; bisection alone would take forty."""
+    calls = []
+    solve = solvers.nonnegative_qp
+    monkeypatch.setattr(solvers, "nonnegative_qp", lambda *a: calls.append(1) or solve(*a))
+    for seed in range(20):
+        rows = spread(6, 9, seed, 30.0)
+        solvers.max_min_weights(rows @ rows.T, 0.4)
+    assert len(calls) <= 20 * 8
+
+
 # -------------------------------------------------------------------------- rounded Gram matrices
 
 
