@@ -310,7 +310,25 @@ def _sentence(outcome: Outcome) -> str:
 
 
 def _grid(rows: list[dict[str, Any]]) -> str:
-    """Rows as a table, folded to the width of the terminal where there is one."""
+    """Rows as a table, folded to the width of the terminal where there is one.
+
+    Where no folding is enough, the last columns are left out, which the last line says.
+    """
+    header = list(rows[0])
+    for n in range(len(header), 1, -1):
+        text = _folded([{name: row[name] for name in header[:n]} for row in rows])
+        if not sys.stdout.isatty() or _width(text) <= shutil.get_terminal_size().columns:
+            break
+    left_out = f"\n(no room for: {', '.join(header[n:])}; see --json)" if header[n:] else ""
+    return text + left_out
+
+
+def _width(text: str) -> int:
+    return max(map(len, text.splitlines()))
+
+
+def _folded(rows: list[dict[str, Any]]) -> str:
+    """Rows as a table no wider than the terminal, unless a word would have to be broken."""
     from tabulate import tabulate
 
     header = list(rows[0])

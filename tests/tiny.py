@@ -36,7 +36,7 @@ class Tiny(MultiDigits):
     title = "Tiny: the first pairs of MultiDigits"
     protocols: ClassVar[dict[str, Protocol]] = {
         "quick": Protocol(epochs=2, batch_size=40, lr=4e-3),
-        "full": Protocol(epochs=60, batch_size=40, lr=4e-3, schedule="cosine"),
+        "full": Protocol(epochs=40, batch_size=40, lr=4e-3, schedule="cosine"),
     }
 
     def load(self) -> dict[str, Data]:
