@@ -50,8 +50,8 @@ method, what the paper says, what its authors' code does, what two widely used l
 table stands the test that shows our choice.
 
 An empty cell means that there is nothing to report: no such code, no word on this point, or not
-known to us. The libraries are described as of TorchJD 0.18 and LibMTL's repository of May 2025;
-they may have changed since.
+known to us. The libraries are described as of TorchJD 0.18 and LibMTL's repository of May 2025 or,
+where a test runs it, its release 1.1.5; they may have changed since.
 """
 
 Entry = dict[str, str]
