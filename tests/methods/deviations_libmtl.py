@@ -24,16 +24,6 @@ DEVIATIONS = [
         "test": PARITY + "test_mgda_takes_no_large_gradients",
     },
     {
-        "method": "mgda",
-        "topic": "a minimum at one of the gradients",
-        "paper": "weights 1 and 0",
-        "official": "weights .999 and .001",
-        "torchjd": "",
-        "libmtl": "weights .999 and .001",
-        "ours": "weights 1 and 0",
-        "test": PARITY + "test_mgda_differs_at_a_vertex",
-    },
-    {
         "method": "cagrad",
         "topic": "small gradients",
         "paper": "the step scales with the gradients",
