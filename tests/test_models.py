@@ -84,3 +84,12 @@ def test_separate_networks_start_from_different_weights():
     both = Separate(lambda: small_convnet(10, [10, 10]), 2)
     one, other = (net.trunk[0].weight for net in both.networks)
     assert not torch.equal(one, other)
+
+
+def test_network_k_keeps_head_k():
+    def build():
+        return HardSharing(nn.Linear(2, 3), [nn.Linear(3, 1 + k) for k in range(3)])
+
+    both = Separate(build, 3)
+    assert [out.shape for out in both(torch.randn(5, 2))] == [(5, 1), (5, 2), (5, 3)]
+    assert [len(net.heads) for net in both.networks] == [1, 1, 1]
