@@ -52,7 +52,9 @@ def imtl_g_weights(gram: Tensor, eps: float = 1e-14) -> Tensor:
         eigenvalues, vectors = torch.linalg.eigh((cosine + cosine.T) / 2)
         keep = eigenvalues > len(gram) * eps
         pinv = torch.where(keep, 1 / torch.where(keep, eigenvalues, 1.0), 0.0)
-        x = vectors @ (pinv * (vectors.T @ alive.double()))
+        ones = vectors.T @ alive.double()
+        # Opposite gradients leave rounding error here, which is no solution.
+        x = vectors @ (pinv * torch.where(ones.abs() > len(gram) * eps, ones, 0.0))
         v = x * inverse
         lost = v.sum().abs() <= 1e-12 * v.abs().sum()
         v = torch.where(lost, inverse, v)

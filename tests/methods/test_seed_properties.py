@@ -212,6 +212,17 @@ def test_imtl_g_stops_at_opposite_gradients_and_keeps_the_limit_of_parallel_ones
     close(parallel, inverse / inverse.sum(), atol=1e-7)
 
 
+@given(seeds, positive(4))
+def test_imtl_g_stops_at_pairs_of_opposite_gradients(seed, norms):
+    """No x has u_k . x > 0 for all k: alpha_k proportional to 1 / n_k, and d = 0."""
+    g, h = gaussian(1, 5, seed), gaussian(1, 5, seed + 1)
+    rows = torch.cat([g, -g, h, -h])
+    rows = norms[:, None] * rows / rows.norm(dim=1, keepdim=True)
+    alpha = imtl_g_weights(gram_matrix(rows))
+    close(alpha, (1 / norms) / (1 / norms).sum(), atol=1e-9)
+    assert (alpha @ rows).norm() < 1e-9
+
+
 @given(jacobians(), st.integers(0, 4))
 def test_imtl_g_treats_zero_gradients_as_absent(j, at):
     at = at % (len(j) + 1)
