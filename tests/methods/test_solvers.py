@@ -100,8 +100,8 @@ def test_nonnegative_qp_is_optimal(seed: int, k: int, p: int, ratio: float, scal
     s = solvers.nonnegative_qp(matrix, points @ rows.T)
     slope = (s @ rows + points) @ rows.T / norms
     assert s.min() >= 0
-    assert slope.min() >= -1e-11 * points.norm()
-    assert (s * norms * slope).abs().max() <= 1e-11 * points.norm() ** 2
+    assert slope.min() >= -1e-9 * points.norm()
+    assert (s * norms * slope).abs().max() <= 1e-9 * points.norm() ** 2
 
 
 @given(seeds, st.integers(2, 7), st.integers(1, 9))
