@@ -29,7 +29,7 @@ from .gradnorm import GradNorm
 from .gradvac import GradVac
 from .group_dro import GroupDRO
 from .imtl import IMTL, IMTLG, IMTLL
-from .independent import Independent
+from .independent import Independent, Individual, Joint
 from .mgda import MGDA
 from .nash_mtl import NashMTL
 from .ngdiff import NGDiff
@@ -70,7 +70,9 @@ __all__ = [
     "GradVac",
     "GroupDRO",
     "Independent",
+    "Individual",
     "Info",
+    "Joint",
     "Method",
     "NGDiff",
     "NashMTL",
@@ -93,6 +95,8 @@ CLASSES: dict[str, type[Method]] = {
         IMTLL,
         IMTL,
         Independent,
+        Individual,
+        Joint,
         DWA,
         FAMO,
         Geometric,

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -98,8 +99,8 @@ class Independent(Method):
     family = "schedule"
     sees = "losses"
     passes = "1 per group, with a forward each"
-    memory = "individual: one optimiser state per group"
-    state = "groups; individual: optimiser states"
+    memory = "none; individual optimisers: a state per group"
+    state = "groups; individual optimisers: their states"
 
     def __init__(
         self,
@@ -111,14 +112,14 @@ class Independent(Method):
         super().__init__(seed=seed)
         if optimizers not in ("shared", "individual"):
             raise ValueError(
-                f"independent: expected optimizers 'shared' or 'individual', got {optimizers!r}"
+                f"{self.name}: expected optimizers 'shared' or 'individual', got {optimizers!r}"
             )
         if group_size is not None and (group_size != int(group_size) or group_size < 1):
             raise ValueError(
-                f"independent: expected a whole number group_size >= 1 or None, got {group_size}"
+                f"{self.name}: expected a whole number group_size >= 1 or None, got {group_size}"
             )
         if regroup not in ("once", "epoch"):
-            raise ValueError(f"independent: expected regroup 'once' or 'epoch', got {regroup!r}")
+            raise ValueError(f"{self.name}: expected regroup 'once' or 'epoch', got {regroup!r}")
         self.optimizers = optimizers
         self.group_size = group_size
         self.regroup = regroup
@@ -126,11 +127,6 @@ class Independent(Method):
         self.groups: list[list[int]] = []
         self._copies: list[torch.optim.Optimizer] = []
         self._saved: list[dict[str, Any]] = []
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        names = ("optimizers", "group_size", "regroup", "seed")
-        return {name: getattr(self, name) for name in names}
 
     def step(
         self,
@@ -174,7 +170,7 @@ class Independent(Method):
                 losses = _losses_of(closure(group) if told else closure())
             if len(losses) not in (k, len(group)):
                 raise ValueError(
-                    f"independent: expected {k} losses, or those of tasks {group}, got "
+                    f"{self.name}: expected {k} losses, or those of tasks {group}, got "
                     f"{len(losses)}; return one loss per task from the closure"
                 )
             owner = self._optimizer_of(j, optimizer)
@@ -203,7 +199,7 @@ class Independent(Method):
         k = len(losses)
         if self.group_size is not None and self.group_size < k:
             raise RuntimeError(
-                f"independent: expected one group, got group_size={self.group_size} for {k} "
+                f"{self.name}: expected one group, got group_size={self.group_size} for {k} "
                 "losses, which takes several optimiser steps per batch; call "
                 "step(closure, optimizer)"
             )
@@ -212,13 +208,13 @@ class Independent(Method):
     def direction(self, jacobian: Tensor, *, losses: Tensor | None = None) -> Tensor:
         """Not defined: raises TypeError."""
         raise TypeError(
-            "independent: a schedule of several optimiser steps has no single direction; call "
+            f"{self.name}: a schedule of several optimiser steps has no single direction; call "
             "step(closure, optimizer)"
         )
 
     def weights(self, x: Tensor, *, losses: Tensor | None = None) -> Tensor:
         """Not defined: raises TypeError."""
-        raise TypeError("independent: a schedule has no weights; call step(closure, optimizer)")
+        raise TypeError(f"{self.name}: a schedule has no weights; call step(closure, optimizer)")
 
     def next_epoch(self) -> None:
         """Draw new groups at the next step, if ``regroup="epoch"``."""
@@ -229,14 +225,15 @@ class Independent(Method):
         """Groups, generator state, and the individual optimisers' states."""
         return super().state_dict() | {
             "groups": [list(group) for group in self.groups],
-            "optimizers": [copy.state_dict() for copy in self._copies] or self._saved,
+            # An optimiser's own state_dict refers to the tensors that its next step changes.
+            "optimizers": deepcopy([own.state_dict() for own in self._copies] or self._saved),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave; optimiser states are used at the next `step`."""
         super().load_state_dict(state_dict)
         self.groups = [list(group) for group in state_dict["groups"]]
-        self._copies, self._saved = [], list(state_dict["optimizers"])
+        self._copies, self._saved = [], deepcopy(state_dict["optimizers"])
 
     def _rule(self, view: View) -> Tensor:
         return torch.ones(len(view.tasks), dtype=torch.float64, device=view.device)
@@ -289,6 +286,39 @@ class Independent(Method):
         for mine, given in zip(self._copies[j].param_groups, optimizer.param_groups, strict=True):
             mine.update({key: value for key, value in given.items() if key != "params"})
         return self._copies[j]
+
+
+class Joint(Independent):
+    """One update for all tasks: backward of the sum of the losses, one optimiser step.
+
+    The schedule that the others are compared with; `independent` with ``group_size=None``. It is
+    equal weighting with ``reduction="sum"``.
+    """
+
+    name = "joint"
+    title = "Joint update"
+    passes = "1"
+    memory = "none"
+    state = "none"
+
+    def __init__(self) -> None:
+        super().__init__(group_size=None)
+
+
+class Individual(Independent):
+    """Individual optimisers, the paper's proposal; `independent` with ``optimizers="individual"``.
+
+    Args:
+        group_size, regroup, seed: as in `Independent`.
+    """
+
+    name = "individual"
+    title = "Individual optimisers"
+    memory = "one optimiser state per group"
+    state = "groups, optimiser states"
+
+    def __init__(self, group_size: int | None = 1, regroup: str = "once", seed: int = 0) -> None:
+        super().__init__("individual", group_size, regroup, seed)
 
 
 def _losses_of(output: Any) -> Losses:
