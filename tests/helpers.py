@@ -6,7 +6,7 @@ Each sampler's property holds by construction, and tests/test_helpers.py checks 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -182,10 +182,13 @@ class Regression(nn.Module):
     def features(self, batch: int) -> Tensor:
         return torch.tanh(self.trunk(self.inputs[batch % 20]))
 
-    def losses_from(self, z: Tensor, batch: int) -> list[Tensor]:
-        targets = self.targets[batch % 20]
-        pairs = zip(self.tasks, targets, strict=True)
-        return [((head(z) - y) ** 2).mean() + 0.1 for head, y in pairs]
+    def losses_from(self, z: Tensor, batch: int, bad_paths: Sequence[int] = ()) -> list[Tensor]:
+        """Losses from the features; through `bad_paths` no finite gradient reaches the features."""
+        losses = []
+        for k, (head, y) in enumerate(zip(self.tasks, self.targets[batch % 20], strict=True)):
+            seen = BadGradient.apply(z) if k in bad_paths else z
+            losses.append(((head(seen) - y) ** 2).mean() + 0.1)
+        return losses
 
     def forward(self, batch: int) -> Tensor:
         return torch.stack(self.losses_from(self.features(batch), batch))

@@ -93,12 +93,17 @@ def heads_of(model: Regression) -> list[list[Tensor]]:
     return [list(head.parameters()) for head in model.tasks]
 
 
-def one_step(method, model, optimizer, batch, *, spoil=None, scaler=None):
-    """A step on a `Regression`; `spoil` turns the list of losses into a bad one."""
+def losses_of(model, batch, *, spoil=None, bad_paths=()):
+    """Losses of a `Regression`; `spoil` and `bad_paths` make some of them bad."""
+    losses = model.losses_from(model.features(batch), batch, bad_paths)
+    return losses if spoil is None else spoil(losses)
+
+
+def one_step(method, model, optimizer, batch, *, scaler=None, **faults):
+    """A step on a `Regression`; `faults` as in `losses_of`."""
 
     def closure():
-        losses = model.losses_from(model.features(batch), batch)
-        return losses if spoil is None else spoil(losses)
+        return losses_of(model, batch, **faults)
 
     return method.step(
         closure,
@@ -223,15 +228,20 @@ FAULTS = {
     "loss_nan": lambda loss: loss * torch.nan,
     "loss_inf": lambda loss: loss * torch.inf,
     "gradient": BadGradient.apply,
+    "shared_gradient": None,
 }
 
 
-def spoiler(fault, tasks):
-    return lambda losses: [FAULTS[fault](x) if k in tasks else x for k, x in enumerate(losses)]
+def faulty(fault, tasks):
+    """Keyword arguments of `losses_of` that make these tasks bad."""
+    if fault == "shared_gradient":  # the heads' gradients are fine
+        return {"bad_paths": tasks}
+    change = FAULTS[fault]
+    return {"spoil": lambda losses: [change(x) if k in tasks else x for k, x in enumerate(losses)]}
 
 
 def left_to_the_optimiser(name, fault):
-    if fault == "gradient" and sees_losses_alone(name):
+    if fault.endswith("gradient") and sees_losses_alone(name):
         pytest.skip("looks at losses alone: gradients are as after losses.sum().backward()")
 
 
@@ -250,13 +260,13 @@ def test_non_finite_input_is_an_error_that_names_the_task(name, fault):
         p.grad = torch.full_like(p, 7.0)
     before = snapshot(model.trunk)
     # The gradient of a sum of losses tells no task: a joint step names all that it sums.
-    joined = name == "joint" and fault == "gradient"
+    joined = name == "joint" and fault.endswith("gradient")
     message = rf"(?s){name}.*task 0, 1, 2\b" if joined else rf"(?s){name}.*task 1\b"
     with pytest.raises(FloatingPointError, match=message):
         if is_schedule(name):
-            one_step(method, model, optimizer, 7, spoil=spoiler(fault, [1]))
+            one_step(method, model, optimizer, 7, **faulty(fault, [1]))
         else:
-            losses = spoiler(fault, [1])(model.losses_from(model.features(7), 7))
+            losses = losses_of(model, 7, **faulty(fault, [1]))
             method.backward(losses, shared=model.trunk.parameters(), heads=heads_of(model))
     assert_equal_state(method.state_dict(), state)
     if not is_schedule(name):
@@ -300,7 +310,7 @@ def test_scaler_skips_a_non_finite_step(name, fault):
     before, state = snapshot(model), copy.deepcopy(method.state_dict())
     # A schedule steps once per group, so a fault in one task would skip that group's step alone.
     tasks = range(k) if is_schedule(name) else [1]
-    info = one_step(method, model, optimizer, 7, spoil=spoiler(fault, tasks), scaler=scaler)
+    info = one_step(method, model, optimizer, 7, scaler=scaler, **faulty(fault, tasks))
     assert not info.finite
     for p, q in zip(model.parameters(), before, strict=True):
         assert torch.equal(p, q)
@@ -789,7 +799,7 @@ def test_gpu_non_finite_step_is_skipped_and_reported_later(name, fault):
     for batch in range(2):
         one_step(method, model, optimizer, batch)
     before, state = snapshot(model), copy.deepcopy(method.state_dict())
-    losses = spoiler(fault, [1])(model.losses_from(model.features(2), 2))
+    losses = losses_of(model, 2, **faulty(fault, [1]))
     optimizer.zero_grad()
     method.backward(losses, shared=model.trunk.parameters(), heads=heads_of(model))
     optimizer.step()
