@@ -69,7 +69,7 @@ def _tested_versions() -> dict[str, str]:
     dependencies = yaml.safe_load(_read("environment.yml"))["dependencies"]
     (from_pip,) = [entry["pip"] for entry in dependencies if isinstance(entry, dict)]
     lines = [line for line in from_pip if not line.startswith("-e ")]
-    pairs = [line.split("==") for line in lines]
+    pairs = [re.sub(r"\[.*\]", "", line).split("==") for line in lines]
     assert all(len(pair) == 2 for pair in pairs), "expected 'name==version' in each line of pip"
     return {canonicalize_name(name): version for name, version in pairs}
 

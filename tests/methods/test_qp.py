@@ -492,9 +492,12 @@ def torchjd_method(name: str) -> aggregation.Aggregator:
         reason = "torchjd's projections need its extra quadprog_projector"
         pytest.importorskip("quadprog", reason=reason)
         pytest.importorskip("qpsolvers", reason=reason)
+    if name == "cagrad":
+        pytest.importorskip("clarabel", reason="torchjd's CAGrad needs its extra cagrad")
     return {
         "mgda": lambda: aggregation.MGDA(epsilon=1e-9, max_iters=20_000),
         "fairgrad": lambda: aggregation.FairGrad(alpha=2.0),
+        "cagrad": lambda: aggregation.CAGrad(c=0.4),
         "upgrad": aggregation.UPGrad,
         "dualproj": aggregation.DualProj,
     }[name]()
@@ -503,7 +506,13 @@ def torchjd_method(name: str) -> aggregation.Aggregator:
 @pytest.mark.parametrize("rows", EASY)
 @pytest.mark.parametrize(
     ("name", "tolerance"),
-    [("mgda", 1e-4), ("fairgrad", 1e-8), ("upgrad", 1e-3), ("dualproj", 1e-3)],
+    [
+        ("mgda", 1e-4),
+        ("fairgrad", 1e-8),
+        ("cagrad", 1e-4),
+        ("upgrad", 1e-3),
+        ("dualproj", 1e-3),
+    ],
 )
 def test_parity_with_torchjd(rows: Tensor, name: str, tolerance: float) -> None:
     theirs = torchjd_method(name)(rows)
@@ -538,6 +547,13 @@ def test_torchjd_upgrad_averages_small_gradients() -> None:
 def test_upgrad_scales_with_small_gradients() -> None:
     """``d(s J) = s d(J)``: no constant decides when gradients are small."""
     close(create("upgrad").direction(1e-3 * J3), 1e-3 * create("upgrad").direction(J3), atol=1e-15)
+
+
+def test_torchjd_cagrad_stops_training_where_gradients_are_small() -> None:
+    """Below a trace of 1e-4 it returns zero; the definition scales with the gradients."""
+    close(torchjd_method("cagrad")(1e-3 * J3), torch.zeros(4, dtype=torch.float64))
+    ours = create("cagrad").direction(1e-3 * J3)
+    close(ours, 1e-3 * create("cagrad").direction(J3), atol=1e-12)
 
 
 def test_torchjd_mgda_stops_early() -> None:
