@@ -32,7 +32,6 @@ from .gradients import Method, gram_matrix, task_gradients
 from .noise import LabelNoise
 
 LEVELS = ("parameter", "feature")
-EXTRA = ("independent:optimizers=individual",)  # settings that are a method of their own
 
 
 # ------------------------------------------------------------------------------- what to run
@@ -118,7 +117,7 @@ def parse_specs(text: str) -> list[Spec]:
     """Read a comma-separated list of methods; ``all`` stands for every method and the baseline."""
     names: list[str] = []
     for part in _split_commas(text):
-        names += [results.BASELINE, *methods.available(), *EXTRA] if part == "all" else [part]
+        names += [results.BASELINE, *methods.available()] if part == "all" else [part]
     specs = {spec.label: spec for spec in map(parse_spec, names)}
     if not specs:
         raise ValueError("expected at least one method, got none")

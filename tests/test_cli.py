@@ -165,7 +165,6 @@ def test_run_of_toy_end_to_end(call, tmp_path, monkeypatch):
 def test_run_leaves_out_what_does_not_fit(call, tmp_path, monkeypatch):
     monkeypatch.setattr(methods.CLASSES["ngdiff"], "n_tasks", 3)
     monkeypatch.setattr(training.methods, "available", lambda: ["equal", "ngdiff"])
-    monkeypatch.setattr(training, "EXTRA", ())
     arguments = ("--seeds", 1, "--device", "cpu", "--out", tmp_path)
     code, out, err = call("run", "tiny", "--methods", "all", *arguments)
     assert code == 0

@@ -21,7 +21,7 @@ from mtl_tutorial.metrics import ACCURACY
 from mtl_tutorial.training import Spec, fitting, parse_spec, parse_specs
 
 CPU = torch.device("cpu")
-EVERY = [results.BASELINE, *methods.available(), *training.EXTRA]
+EVERY = [results.BASELINE, *methods.available()]
 
 
 @pytest.fixture(scope="module")
