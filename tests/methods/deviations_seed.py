@@ -194,7 +194,7 @@ DEVIATIONS = [
         "method": "individual",
         "topic": "weight decay of the heads",
         "paper": "",
-        "official": "every optimiser holds all parameters, so each head decays at every group's step",
+        "official": "every optimiser holds all parameters: a head decays at every group's step",
         "torchjd": "",
         "libmtl": "",
         "ours": "an optimiser skips the heads that its group does not use",
