@@ -277,12 +277,11 @@ def equal_cosines(exact: Exact) -> Vector:
 
 
 def imtl_g(exact: Exact) -> Vector:
-    if exact.k == 2:
-        v = [1 / n for n in exact.norms]
-    else:
-        v = [x / n for x, n in zip(equal_cosines(exact), exact.norms, strict=True)]
+    x = equal_cosines(exact)
+    v = [a / n for a, n in zip(x, exact.norms, strict=True)]
     total = mp.fsum(v)
-    if abs(total) <= ZERO * max(abs(x) for x in v):
+    # Two tasks: the closed form, whatever the angle. No solution: the one documented.
+    if exact.k == 2 or max(map(abs, x)) <= ZERO or abs(total) <= ZERO * max(map(abs, v)):
         v = [1 / n for n in exact.norms]
         total = mp.fsum(v)
     return [x / abs(total) for x in v]
@@ -316,7 +315,7 @@ def surgery(exact: Exact, targets: Matrix, beta: float) -> tuple[Vector, Matrix]
             new[i][j] = (1 - mp.mpf(beta)) * t + mp.mpf(beta) * phi
             t = min(t, mp.mpf("0.999"))
             if phi < t:
-                sine = mp.sqrt(max(1 - phi**2, mp.mpf(0)))
+                sine = mp.sqrt(1 - phi**2) if 1 - phi**2 > ZERO else mp.mpf(0)
                 cosine = mp.sqrt(1 - t**2)
                 factor = size * (t * sine - phi * cosine) / (exact.norms[j] * cosine)
                 v = [x + factor * y for x, y in zip(v, exact.rows[j], strict=True)]
