@@ -100,7 +100,7 @@ class DBMTL(Method):
                 f"as in earlier steps, got {(view.n_tasks, view.rows.shape[1])}; create a new "
                 "DBMTL when tasks or shared parameters change"
             )
-        at = torch.tensor(view.tasks, device=view.device)
+        at = view.index
         old = state["means"][at]
         self._factors = factors = log_factors(view.losses)
         steps = state["steps"][at] + (factors > 0)

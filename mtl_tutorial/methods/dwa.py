@@ -75,7 +75,7 @@ class DWA(Method):
         return {name: zeros.clone() for name in ("sums", "counts", "newer", "older")}
 
     def _rule(self, view: View) -> Tensor:
-        state, at = self._state, view.tasks
+        state, at = self._state, view.index
         sums, counts = state["sums"].clone(), state["counts"].clone()
         sums[at] += view.losses
         counts[at] += 1

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..gradients import Closure, Info, Losses, Method, View, split_closure_output
+from ..gradients import Closure, Info, Losses, Method, View, split_closure_output, upload
 
 EPSILON = 1e-8  # the official code's, added to L - b
 BETAS = (0.9, 0.999)  # of Adam, torch's defaults
@@ -159,10 +159,10 @@ class FAMO(Method):
         excess = self._excess(view.losses, view.n_tasks, view.tasks)
         before = torch.zeros_like(self._state["before"])
         waiting = torch.zeros_like(self._state["waiting"])
-        before[view.tasks] = excess
-        waiting[view.tasks] = True
+        before[view.index] = excess
+        waiting[view.index] = True
         self._state = self._state | {"before": before, "waiting": waiting}
-        return famo_weights(self._state["logits"][view.tasks], excess)
+        return famo_weights(self._state["logits"][view.index], excess)
 
     def _excess(self, losses: Tensor, n_tasks: int, tasks: list[int]) -> Tensor:
         """D (n,) of the losses (n,) of some tasks."""
@@ -171,7 +171,7 @@ class FAMO(Method):
             return losses.clamp(min=0) + EPSILON
         if len(bounds) != n_tasks:
             raise ValueError(f"famo: expected lower_bounds for {n_tasks} tasks, got {len(bounds)}")
-        b = torch.tensor(bounds, dtype=torch.float64)[tasks].to(losses.device, non_blocking=True)
+        b = upload(torch.tensor(bounds, dtype=torch.float64)[tasks], losses.device)
         return (losses - b).clamp(min=0) + EPSILON
 
     def _update(self, losses_after: Losses, stepped: Tensor | None) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..gradients import Method, View
+from ..gradients import Method, View, upload
 
 
 def graddrop_step(rows: Tensor, uniform: Tensor, leak: Tensor | None = None) -> Tensor:
@@ -42,10 +42,10 @@ def graddrop_step(rows: Tensor, uniform: Tensor, leak: Tensor | None = None) -> 
     up, down = positive.sum(0), negative.sum(0)
     mass = up - down  # sum of |g_k|
     purity = up / torch.where(mass > 0, mass, 1.0)
-    keep = purity > uniform.to(rows)
+    keep = purity > upload(uniform, rows.device).to(rows.dtype)
     if leak is None:
         return torch.where(keep, up, down).to(dtype)
-    leak = leak.to(rows)
+    leak = upload(leak, rows.device).to(rows.dtype)
     kept = torch.where(keep, (1 - leak) @ positive, (1 - leak) @ negative)
     return (leak @ rows + kept).to(dtype)
 

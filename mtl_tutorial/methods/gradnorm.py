@@ -129,7 +129,7 @@ class GradNorm(Method):
             raise ValueError(f"gradnorm: expected last <= {size} shared scalars, got {self.last}")
         rows = view.rows if self.last is None else view.rows[:, -self.last :]
         norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-        at, state = view.tasks, self._state
+        at, state = view.index, self._state
         losses = view.losses.clamp(min=FLOOR)
         initial = torch.where(state["seen"][at], state["first"][at], losses)
         weights = state["weights"][at]

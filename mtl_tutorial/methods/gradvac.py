@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..gradients import Method, View
+from ..gradients import Method, View, upload
 
 ORDERS = ("random", "fixed")
 LARGEST_TARGET = 0.999  # a cosine of one is reached by an infinitely long correction alone
@@ -71,7 +71,7 @@ def gradvac_weights(
     added = torch.zeros_like(gram)  # v_i / n_i = u_i + sum_j added_ij u_j
     inner = cosine  # (v_i / n_i) . u_j
     new = targets.clone()
-    for j in orders.to(gram.device).T:  # all tasks visit their next task at once
+    for j in upload(orders, gram.device).T:  # all tasks visit their next task at once
         squared = inner.diagonal() + (added * inner).sum(1)  # |v_i / n_i|^2
         known = (squared > k * eps) & alive[j]
         length = torch.where(known, squared, 1.0).sqrt()
@@ -138,7 +138,7 @@ class GradVac(Method):
 
     def _rule(self, view: View) -> Tensor:
         orders = visiting_orders(len(view.tasks), self.order, self._generator)
-        at = torch.tensor(view.tasks, device=view.device)
+        at = view.index
         targets = self._state["targets"].clone()
         pairs = (at[:, None], at)
         weights, targets[pairs] = gradvac_weights(

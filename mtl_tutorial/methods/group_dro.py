@@ -59,6 +59,6 @@ class GroupDRO(Method):
 
     def _rule(self, view: View) -> Tensor:
         log_weights = self._state["log_weights"].clone()
-        log_weights[view.tasks] += self.step_size * view.losses
+        log_weights[view.index] += self.step_size * view.losses
         self._state = {"log_weights": log_weights}
-        return torch.softmax(log_weights[view.tasks], 0)
+        return torch.softmax(log_weights[view.index], 0)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..gradients import Method, View
+from ..gradients import Method, View, upload
 
 
 def ngdiff_weights(norms: Tensor, signs: Tensor) -> Tensor:
@@ -68,8 +68,6 @@ class NGDiff(Method):
                 f"ngdiff: expected two tasks, retain and forget, got {view.n_tasks}; add the "
                 "losses of each side up first"
             )
-        signs = torch.tensor(
-            [-1.0 if task == self.forget else 1.0 for task in view.tasks],
-            dtype=torch.float64,
-        ).to(view.device)
-        return ngdiff_weights(view.gram.diagonal().clamp(min=0).sqrt(), signs)
+        signs = [-1.0 if task == self.forget else 1.0 for task in view.tasks]
+        roles = upload(torch.tensor(signs, dtype=torch.float64), view.device)
+        return ngdiff_weights(view.gram.diagonal().clamp(min=0).sqrt(), roles)

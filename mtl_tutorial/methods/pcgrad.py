@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..gradients import Method, View
+from ..gradients import Method, View, upload
 
 ORDERS = ("random", "fixed")
 
@@ -60,7 +60,7 @@ def pcgrad_weights(gram: Tensor, orders: Tensor) -> Tensor:
     tasks = torch.arange(len(gram), device=gram.device)
     added = torch.zeros_like(gram)  # v_i / n_i = u_i + sum_j added_ij u_j
     inner = cosine  # (v_i / n_i) . u_j
-    for j in orders.to(gram.device).T:  # all tasks visit their next task at once
+    for j in upload(orders, gram.device).T:  # all tasks visit their next task at once
         amount = -inner[tasks, j].clamp(max=0)
         added[tasks, j] += amount
         inner = inner + amount[:, None] * cosine[j]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..gradients import Method, View
+from ..gradients import Method, View, upload
 
 
 def random_weights(k: int, generator: torch.Generator | None = None) -> Tensor:
@@ -55,4 +55,4 @@ class RLW(Method):
 
     def _rule(self, view: View) -> Tensor:
         weights = random_weights(view.n_tasks, self._generator)[view.tasks]
-        return (weights / weights.sum()).to(view.device, non_blocking=True)
+        return upload(weights / weights.sum(), view.device)

@@ -99,7 +99,7 @@ class SLAW(Method):
         return {name: zeros.clone() for name in ("mean", "deviation", "seen")}
 
     def _rule(self, view: View) -> Tensor:
-        at = view.tasks
+        at = view.index
         mean, deviation, seen = (
             self._state[name].clone() for name in ("mean", "deviation", "seen")
         )

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..gradients import Method, View
+from ..gradients import Method, View, upload
 
 FLOOR = 1e-8  # in logarithms and quotients, smaller losses count as this
 
@@ -128,7 +128,7 @@ class STCH(Method):
             preference = self._per_task("preference", view, 1.0 / len(view.tasks))
             ideal = self._per_task("ideal", view, 0.0)
             return tchebycheff_weights(view.losses, preference, ideal, self.mu)
-        state, at = self._state, view.tasks
+        state, at = self._state, view.index
         measuring = (state["epoch"] == self.warmup).double()
         sums, counts = state["sums"].clone(), state["counts"].clone()
         sums[at] += measuring * view.losses
@@ -156,4 +156,4 @@ class STCH(Method):
                 f"stch: expected {setting} for each of {view.n_tasks} tasks, got {len(given)}"
             )
         entries = torch.tensor(given, dtype=torch.float64)[view.tasks]
-        return entries.to(view.device, non_blocking=True)
+        return upload(entries, view.device)

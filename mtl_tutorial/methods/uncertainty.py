@@ -85,8 +85,8 @@ class Uncertainty(Method):
 
     def _rule(self, view: View) -> Tensor:
         before = self._state["log_variances"]
-        now = before[view.tasks]
+        now = before[view.index]
         after = before.clone()
-        after[view.tasks] = uncertainty_step(now, view.losses, self.lr, self.bound)
+        after[view.index] = uncertainty_step(now, view.losses, self.lr, self.bound)
         self._state = {"log_variances": after}
         return (-now).exp() / 2
