@@ -49,7 +49,10 @@ class ExcessMTL(Method):
             1e-2, its README's Office-Home command uses 1; the paper's values per data set are
             not known to us.
         warmup: number of first steps with uniform weights, 1 or more; the mean E_k over them is
-            the baseline E0_k. 1 is the official code (its "first_epoch" is the first step).
+            the baseline E0_k. 1 is the official code (its "first_epoch" is the first step); the
+            paper's appendix reportedly takes three epochs. Gradients at initialisation are small,
+            so with 1 the ratios R_k start far above one and the weights can run away to a single
+            task: on MultiDigits they do, and three epochs cure it.
         head_gradients: "weighted" (default, as in the official code) or "raw".
 
     State: S (K, P) in the dtype of the gradients, log weights, baselines, steps seen. S belongs to
