@@ -30,10 +30,19 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 # with another line and marker, so the methods that meet most often stand among the first.
 _ORDER = (
     *("excess_mtl", "aligned_mtl", "imtl_g", "imtl", "independent", "imtl_l", "equal"),
-    *("single_task", "mgda", "cagrad", "nash_mtl", "pcgrad", "upgrad", "config", "fairgrad"),
-    *("dualproj", "gradnorm", "uncertainty", "dwa", "famo", "slaw", "group_dro", "rlw"),
-    *("geometric", "gradvac", "graddrop", "sdmgrad", "db_mtl", "ngdiff", "cross_learning"),
-    *("stch", "scale_invariant", "config_momentum", "gen_lr", "joint", "individual"),
+    *("single_task", "individual", "joint", "mgda", "cagrad", "nash_mtl", "pcgrad"),
+    *("upgrad", "config", "fairgrad", "dualproj", "gradnorm", "uncertainty", "dwa"),
+    *("famo", "slaw", "group_dro", "rlw", "geometric", "gradvac", "graddrop"),
+    *(
+        "sdmgrad",
+        "db_mtl",
+        "ngdiff",
+        "cross_learning",
+        "stch",
+        "scale_invariant",
+        "config_momentum",
+    ),
+    *("gen_lr"),
 )
 
 
