@@ -74,7 +74,7 @@ def test_looks_are_fixed_for_good():
     assert looks("aligned_mtl") == ("#D55E00", "-", "s")
     assert looks("equal") == ("#000000", "-", "X")
     assert looks("single_task") == ("#7F7F7F", "-", "*")
-    assert plots._ORDER.index("mgda") == 8
+    assert plots._ORDER.index("individual") == 8
 
 
 def test_settings_keep_the_colour_and_unknown_methods_get_a_look():
