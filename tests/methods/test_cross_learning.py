@@ -105,6 +105,21 @@ def test_projection_is_the_nearest_feasible_point(cloud, seed):
         assert ((points - near) * (other - near)).sum() <= 1e-9 * points.norm() ** 2
 
 
+@pytest.mark.parametrize("k", [2, 3, 6])
+@pytest.mark.parametrize("share", [0.2, 0.6, 0.95])
+def test_projection_is_what_a_cone_program_finds(k, share):
+    """``min sum_i |theta_i - v_i|^2`` with ``|theta_i - centre| <= radius``, by another solver."""
+    cvxpy = pytest.importorskip("cvxpy", reason="the cone program needs cvxpy")
+    points = gaussian(k, 4, seed=10 * k)
+    radius = share * (points - points.mean(0)).norm(dim=1).max().item()
+    copies, centre = cvxpy.Variable((k, 4)), cvxpy.Variable(4)
+    near = [cvxpy.norm(copies[i] - centre) <= radius for i in range(k)]
+    problem = cvxpy.Problem(cvxpy.Minimize(cvxpy.sum_squares(copies - points.numpy())), near)
+    tight = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), 1e-10)
+    problem.solve(solver=cvxpy.CLARABEL, **tight)
+    close(project_copies(points, radius)[0], torch.tensor(copies.value), 1e-6)
+
+
 @given(clouds(), seeds)
 def test_projection_does_not_expand_distances(cloud, seed):
     points, radius = cloud

@@ -415,6 +415,19 @@ def test_sdmgrad_weights_and_limits() -> None:
     close(create("sdmgrad", lam=1e9).direction(J3S), J3S.mean(0), atol=1e-6)
 
 
+@given(seeds, st.integers(2, 6))
+def test_sdmgrad_is_mgda_where_every_task_has_weight_enough(seed: int, k: int) -> None:
+    """Where MGDA's weights lie in the simplex shrunk to ``(w + lam/K) / (1 + lam)``."""
+    torch.manual_seed(seed)
+    rows = torch.randn(k, 30, dtype=torch.float64) + 0.3
+    alpha = mgda_weights(rows @ rows.T)
+    least = k * alpha.min().item()  # alpha_k >= lam / (K (1 + lam)) allows lam up to this
+    lam = 0.99 * least / (1 - least) if least < 1 else 1.0
+    if lam <= 0:
+        return
+    close(create("sdmgrad", lam=lam).direction(rows), alpha @ rows, atol=1e-9)
+
+
 # --------------------------------------------------------------- scale, degenerate input, settings
 
 
