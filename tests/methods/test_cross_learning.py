@@ -115,9 +115,10 @@ def test_projection_is_what_a_cone_program_finds(k, share):
     copies, centre = cvxpy.Variable((k, 4)), cvxpy.Variable(4)
     near = [cvxpy.norm(copies[i] - centre) <= radius for i in range(k)]
     problem = cvxpy.Problem(cvxpy.Minimize(cvxpy.sum_squares(copies - points.numpy())), near)
-    tight = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), 1e-10)
-    problem.solve(solver=cvxpy.CLARABEL, **tight)
-    close(project_copies(points, radius)[0], torch.tensor(copies.value), 1e-6)
+    problem.solve(solver=cvxpy.CLARABEL)  # to 1e-8 in the objective, so to 1e-5 in the copies
+    close(project_copies(points, radius)[0], torch.tensor(copies.value), 1e-5)
+    ours = (project_copies(points, radius)[0] - points).square().sum().item()
+    assert ours <= problem.value + 1e-9
 
 
 @given(clouds(), seeds)
