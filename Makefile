@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 CORE := $(VENV)/.installed-core
 FULL := $(VENV)/.installed-full
 
-DEMO_METHODS := single_task,equal,excess_mtl,excess_mtl:warmup=180,aligned_mtl,imtl_g,imtl_l,imtl,independent,individual
+DEMO_METHODS := single_task,equal,excess_mtl:warmup=180,aligned_mtl,imtl_g,imtl_l,imtl,independent,individual
 
 .DEFAULT_GOAL := help
 # All targets share one environment and one build folder: never two recipes at once.

@@ -135,7 +135,7 @@ def _split_losses(losses: Losses) -> tuple[Tensor, list[GradientEdge | None]]:
     return values, [get_gradient_edge(loss) if loss.requires_grad else None for loss in losses]
 
 
-def _leaves(edge: GradientEdge, stop: Node | None = None) -> list[Tensor]:
+def leaves_of(edge: GradientEdge, stop: Node | None = None) -> list[Tensor]:
     """Leaf tensors that require a gradient and that the edge depends on, in order of discovery."""
     found: list[Tensor] = []
     seen: set[Node] = set()
@@ -167,6 +167,8 @@ class LossGraph:
         edges: one autograd edge per present task.
         shared: list of shared parameters; set by `partition`.
         heads: head parameters per present task; set by `partition`.
+        used: per shared parameter, whether a present task's gradient reaches it; set by
+            `rows_and_head_gradients`.
 
     Raises:
         ValueError: wrong shapes, no loss with a graph, or features without a graph.
@@ -222,7 +224,7 @@ class LossGraph:
                 "shared=model.trunk.parameters() (a generator can be used once only)"
             )
         self.heads = self._infer_heads() if heads is None else self._check_heads(heads)
-        self._used = [False] * len(self.shared)
+        self.used = [False] * len(self.shared)
 
     def _check_heads(self, heads: Sequence[Iterable[Tensor]]) -> list[list[Tensor]]:
         if len(heads) != self.n_tasks:
@@ -235,7 +237,7 @@ class LossGraph:
     def _infer_heads(self) -> list[list[Tensor]]:
         stop = None if self.features is None else self.features.grad_fn
         shared = {id(p) for p in self.shared}
-        leaves = {id(p): p for edge in self.edges for p in _leaves(edge, stop)}
+        leaves = {id(p): p for edge in self.edges for p in leaves_of(edge, stop)}
         if self.features is not None and shared & leaves.keys():
             raise ValueError(
                 "expected the losses to depend on the shared parameters through features alone, "
@@ -247,11 +249,11 @@ class LossGraph:
 
     def _infer_shared(self) -> list[Tensor]:
         if self.features is not None:
-            return _leaves(get_gradient_edge(self.features))
+            return leaves_of(get_gradient_edge(self.features))
         users: dict[int, int] = {}
         leaves: dict[int, Tensor] = {}
         for edge in self.edges:
-            for leaf in _leaves(edge):
+            for leaf in leaves_of(edge):
                 users[id(leaf)] = users.get(id(leaf), 0) + 1
                 leaves[id(leaf)] = leaf
         least = 1 if self.n_tasks == 1 else 2
@@ -293,7 +295,7 @@ class LossGraph:
                     view.zero_()
                 else:
                     view.copy_(gradient.reshape(-1))
-                    self._used[j] = True
+                    self.used[j] = True
             head_gradients.append(list(gradients[len(targets) :]))
         if scale is not None:
             rows /= scale.to(rows.dtype)
@@ -311,7 +313,7 @@ class LossGraph:
 
     def gradients_finite(self) -> Tensor:
         """Whether ``.grad`` of every leaf of the losses is finite, 0-dimensional bool."""
-        leaves = {id(p): p for edge in self.edges for p in _leaves(edge)}
+        leaves = {id(p): p for edge in self.edges for p in leaves_of(edge)}
         found = [p.grad for p in leaves.values() if p.grad is not None]
         return torch.nn.utils.get_total_norm(found, torch.inf).isfinite()
 
@@ -324,7 +326,7 @@ class LossGraph:
         parts = direction.split([p.numel() for p in self.shared])
         views = [
             part.view(p.shape) if used else None
-            for part, p, used in zip(parts, self.shared, self._used, strict=True)
+            for part, p, used in zip(parts, self.shared, self.used, strict=True)
         ]
         add_gradient(self.shared, views)
 

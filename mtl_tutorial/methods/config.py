@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..gradients import Info, LossGraph, Method, View, _leaves, gram_matrix
+from ..gradients import Info, LossGraph, Method, View, gram_matrix, leaves_of
 
 EPSILON = 1e-8  # of M-ConFIG's denominator, as in the official code and in Adam
 
@@ -229,8 +229,8 @@ class ConFIGMomentum(Method):
             self._raise(finite.tolist(), graph.present, "this step was not taken")
         i = graph.present.index(task)
         # The step moves what any task uses, not what this turn's task uses alone.
-        used = {id(leaf) for edge in graph.edges for leaf in _leaves(edge)}
-        graph._used = [id(parameter) in used for parameter in graph.shared]
+        used = {id(leaf) for edge in graph.edges for leaf in leaves_of(edge)}
+        graph.used = [id(parameter) in used for parameter in graph.shared]
         graph.edges, graph.heads, graph.present = [graph.edges[i]], [graph.heads[i]], [task]
         info = super()._backward_rows(graph, scale)
         if info.finite.device.type == "cpu" and not info.finite:

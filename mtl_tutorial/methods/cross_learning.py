@@ -364,7 +364,7 @@ class _Pass:
         i = graph.present.index(task)
         graph.edges, graph.heads, graph.present = [graph.edges[i]], [graph.heads[i]], [task]
         rows, head_gradients = graph.rows_and_head_gradients(scale)
-        self.row, self.used = rows[0], list(graph._used)
+        self.row, self.used = rows[0], list(graph.used)
         self.head, self.head_gradients = graph.heads[0], head_gradients[0]
         self.finite = self.loss.isfinite() & self.row.isfinite().all()
 
