@@ -623,8 +623,7 @@ class Method:
         """Weights first, then one backward pass of the weighted losses."""
         losses = graph.present_values
         view = View(losses=losses, tasks=graph.present, n_tasks=graph.n_tasks)
-        self._state = self._state or self._initial_state(view)
-        before = self._snapshot()
+        before = None if scale is None else self._snapshot(view)
         weights, _, ok = self._solve(view, masked=scale is not None)
         assert weights is not None
         factors = weights if scale is None else torch.where(ok, weights * scale, torch.inf)
@@ -642,7 +641,7 @@ class Method:
             )
             graph.add_heads(graph.head_gradients(scale), None, None)
             add_gradient(graph.shared, gradients)
-        if scale is not None:
+        if before is not None:
             # Finite losses may still have overflowing gradients; the scaler will skip those too.
             ok = ok & graph.gradients_finite()
             self._keep(ok, before)
@@ -757,19 +756,20 @@ class Method:
                 self._remember(finite, view.tasks)
         if not self._state:
             self._state = self._initial_state(view)
-        before = self._snapshot()
+        before = self._snapshot(view) if blank else None
         if blank:
             view.blank(ok)
         weights = self._rule(view)
         head_weights = self._head_weights(weights)
-        if blank:
+        if before is not None:
             self._keep(ok, before)
             if head_weights is not None:
                 head_weights = torch.where(ok, head_weights, 0.0)
         return weights, head_weights, ok
 
-    def _snapshot(self) -> tuple[dict[str, Tensor], Tensor | None]:
-        """State and generator state, for `_keep`."""
+    def _snapshot(self, view: View) -> tuple[dict[str, Tensor], Tensor | None]:
+        """State, the initial one before the first step, and generator state, for `_keep`."""
+        self._state = self._state or self._initial_state(view)
         drawn = None if self._generator is None else self._generator.get_state()
         return self._state, drawn
 

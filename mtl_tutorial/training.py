@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from . import __version__, benchmarks, diagnostics, methods, results
 from .benchmarks import Benchmark, Protocol
-from .benchmarks.base import protocol_dict
 from .gradients import Method, gram_matrix, task_gradients
+from .models import count_parameters
 from .noise import LabelNoise
 
 LEVELS = ("parameter", "feature")
@@ -174,7 +174,7 @@ class Cell:
         if self.noise is not None:
             run["noise"] = self.noise.label
             group += f"-noise-{self.noise.label}"
-        protocol = protocol_dict(self.protocol)
+        protocol = asdict(self.protocol)
         key = results.identity(self.benchmark, self.budget, protocol, run)
         return results.result_path(root, self.benchmark, group, self.spec.label, self.seed, key)
 
@@ -387,7 +387,7 @@ def describe(run: Run, failed: str | None = None) -> dict[str, Any]:
         "synthetic": bench.synthetic,
         "baseline": bench.baseline,
         "budget": cell.budget,
-        "protocol": protocol_dict(cell.protocol),
+        "protocol": asdict(cell.protocol),
         "label": cell.spec.label,
         "method": cell.spec.name,
         "settings": run.method.settings,
@@ -401,8 +401,8 @@ def describe(run: Run, failed: str | None = None) -> dict[str, Any]:
         "test": None if failed else bench.evaluate(run.model, "test"),
         "history": run.history,
         "parameters": {
-            "shared": sum(p.numel() for p in run.shared),
-            "total": sum(p.numel() for p in run.model.parameters()),
+            "shared": count_parameters(run.shared),
+            "total": count_parameters(run.model.parameters()),
         },
         "seconds": run.seconds,
         "seconds_per_epoch": run.seconds / max(run.epoch, 1),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .. import names
-from .base import BUDGETS, Benchmark, Data, Protocol, Task
+from .base import Benchmark, Data, Protocol, Task
 from .class_streams import (
     Cifar10Partial,
     Cifar10Partial5,
@@ -22,7 +22,6 @@ from .school import School
 from .toy import Toy, toy_losses
 
 __all__ = [
-    "BUDGETS",
     "CLASSES",
     "Benchmark",
     "Data",

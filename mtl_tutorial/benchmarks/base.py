@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,8 +20,6 @@ from .. import names
 from ..metrics import Metric
 from ..models import HardSharing, Separate
 from ..noise import LabelNoise
-
-BUDGETS = ("quick", "full")
 
 
 @dataclass(frozen=True)
@@ -146,6 +144,7 @@ class Benchmark:
     remark: str = ""  # what a table must say of the data at hand, set by `load`
     data: Splits = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    _checksums: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
     # What a benchmark defines ---------------------------------------------------------------
 
@@ -213,7 +212,9 @@ class Benchmark:
 
     def checksums(self) -> dict[str, str]:
         """SHA-256 of each split."""
-        return {name: split.checksum() for name, split in self.data.items()}
+        if not self._checksums:  # of the data as prepared; a sweep asks for them after every run
+            self._checksums = {name: split.checksum() for name, split in self.data.items()}
+        return self._checksums
 
     def model(self, seed: int, single_task: bool = False) -> nn.Module:
         """The network, or K separate ones for the single-task baseline."""
@@ -269,8 +270,3 @@ class Benchmark:
     def higher_is_better(self) -> dict[str, dict[str, bool]]:
         """Task -> metric -> whether higher is better."""
         return {t.name: {m.name: m.higher_is_better for m in t.metrics} for t in self.tasks}
-
-
-def protocol_dict(protocol: Protocol) -> dict[str, Any]:
-    """The protocol as plain data, for result files."""
-    return asdict(protocol)
