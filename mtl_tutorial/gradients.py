@@ -20,11 +20,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+if TYPE_CHECKING:
+    from .parallel import Ranks
 
 Losses = Tensor | Sequence[Tensor]
 Closure = Callable[..., Any]
@@ -152,6 +155,19 @@ def leaves_of(edge: GradientEdge, stop: Node | None = None) -> list[Tensor]:
     return found
 
 
+def _sum_over(
+    ranks: Ranks, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Sum over the ranks of gradients beside their parameters; None where no rank has one."""
+    reached = ranks.agree(parameters, [g is not None for g in gradients])
+    total = [
+        (torch.zeros_like(p) if g is None else g.clone()) if reach else None
+        for p, g, reach in zip(parameters, gradients, reached, strict=True)
+    ]
+    ranks.sum_in_place([g for g in total if g is not None])
+    return total
+
+
 class LossGraph:
     """K losses as autograd edges, and the parameters that they share.
 
@@ -160,10 +176,13 @@ class LossGraph:
             marks a task that is absent from this batch.
         features: shared representation z, any shape, through which alone the losses depend on the
             shared parameters.
+        ranks: the `parallel.Ranks` that hold one part of the batch each; None: all of it is here.
 
     Attributes:
-        values: losses (K,), detached.
-        present: indices of the tasks that are in this batch.
+        values: losses (K,), detached; averaged over the ranks.
+        present: indices of the tasks that are in this batch, on whatever rank.
+        shares: this rank's share of each task (K,), floats; None without ranks.
+        uneven: whether some ranks have a task that others have not.
         edges: one autograd edge per present task.
         shared: list of shared parameters; set by `partition`.
         heads: head parameters per present task; set by `partition`.
@@ -174,8 +193,15 @@ class LossGraph:
         ValueError: wrong shapes, no loss with a graph, or features without a graph.
     """
 
-    def __init__(self, losses: Losses, features: Tensor | None = None) -> None:
+    def __init__(
+        self, losses: Losses, features: Tensor | None = None, ranks: Ranks | None = None
+    ) -> None:
         self.values, edges = _split_losses(losses)
+        self.ranks = ranks
+        self.shares: list[float] | None = None
+        self.uneven = False
+        if ranks is not None:
+            edges = self._join(ranks, edges)
         self.n_tasks = len(edges)
         self.present = [k for k, edge in enumerate(edges) if edge is not None]
         self.edges = [edge for edge in edges if edge is not None]
@@ -192,6 +218,24 @@ class LossGraph:
                 "expected features computed from the shared parameters, got a leaf tensor; pass "
                 "the trunk's output before any detach()"
             )
+
+    def _join(self, ranks: Ranks, edges: list[GradientEdge | None]) -> list[GradientEdge | None]:
+        """Average the losses; a task that only other ranks have gets a graph without gradients."""
+        device = self.values.device
+        self.shares, holders = ranks.shares([edge is not None for edge in edges], device)
+        self.uneven = any(0 < n < ranks.size for n in holders)
+        average = ranks.average(self.values, self.shares)
+        known = upload(torch.tensor([n > 0 for n in holders]), device)
+        self.values = torch.where(known, average, self.values)
+        with torch.enable_grad():
+            nothing = get_gradient_edge(torch.zeros_like(self.values[0], requires_grad=True) * 1)
+        return [nothing if e is None and n else e for e, n in zip(edges, holders, strict=True)]
+
+    def _factors(self, like: Tensor) -> Tensor:
+        """This rank's shares of the present tasks (n,), device and dtype of `like`."""
+        assert self.shares is not None
+        shares = torch.tensor([self.shares[k] for k in self.present], dtype=like.dtype)
+        return upload(shares, like.device)
 
     @property
     def present_values(self) -> Tensor:
@@ -216,6 +260,8 @@ class LossGraph:
             ValueError: no shared parameter to train, wrong number of heads, or a shared parameter
                 that a loss reaches around the features.
         """
+        if shared is None or heads is None:
+            self._need_told()
         found = self._infer_shared() if shared is None else shared
         self.shared = [p for p in found if p.requires_grad]
         if not self.shared:
@@ -225,6 +271,14 @@ class LossGraph:
             )
         self.heads = self._infer_heads() if heads is None else self._check_heads(heads)
         self.used = [False] * len(self.shared)
+
+    def _need_told(self) -> None:
+        """Parameters cannot be found in graphs that differ from rank to rank."""
+        if self.uneven:
+            raise ValueError(
+                "expected shared and heads, since a task is absent on some ranks, got none; pass "
+                "shared= and heads= to the method, on every rank"
+            )
 
     def _check_heads(self, heads: Sequence[Iterable[Tensor]]) -> list[list[Tensor]]:
         if len(heads) != self.n_tasks:
@@ -302,23 +356,108 @@ class LossGraph:
         return rows, head_gradients
 
     def head_gradients(self, scale: Tensor | None = None) -> list[list[Tensor | None]]:
-        """Gradients of each present task's head alone, beside `heads`; the graph is kept."""
+        """Gradients of each present task's head alone, beside `heads`; the graph is kept.
+
+        Averaged over the ranks.
+        """
         outputs = None if scale is None else [scale.to(self.values.dtype)]
-        return [
+        gradients: list[list[Tensor | None]] = [
             list(torch.autograd.grad([edge], head, outputs, retain_graph=True, allow_unused=True))
             if head
             else []
             for edge, head in zip(self.edges, self.heads, strict=True)
         ]
+        return gradients if self.ranks is None else self._average_heads(self.ranks, gradients)
+
+    def average(
+        self, rows: Tensor, head_gradients: list[list[Tensor | None]]
+    ) -> tuple[Tensor, list[list[Tensor | None]]]:
+        """Average over the ranks what `rows_and_head_gradients` gave; one process: nothing to do.
+
+        Rows over features have a part of the joined batch in each rank's columns; all ranks'
+        columns come back side by side.
+        """
+        if self.ranks is None:
+            return rows, head_gradients
+        head_gradients = self._average_heads(self.ranks, head_gradients)  # looks at the layout too
+        rows *= self._factors(rows)[:, None]
+        if self.features is None:
+            self.ranks.sum_in_place([rows])
+        else:
+            rows, self._columns = self.ranks.beside(rows)
+        return rows, head_gradients
+
+    def _average_heads(
+        self, ranks: Ranks, head_gradients: list[list[Tensor | None]]
+    ) -> list[list[Tensor | None]]:
+        parameters = [p for head in self.heads for p in head]
+        found = [g for gradients in head_gradients for g in gradients]
+        reached = ranks.agree(
+            [*self.shared, *parameters], [*self.used, *(g is not None for g in found)]
+        )
+        self.used = reached[: len(self.used)]
+        pairs = zip(parameters, found, strict=True)
+        wanted = [
+            (torch.zeros_like(p) if g is None else g.clone()) if reach else None
+            for (p, g), reach in zip(pairs, reached[len(self.used) :], strict=True)
+        ]
+        each = iter(wanted)
+        result = [[next(each) for _ in head] for head in self.heads]
+        for factor, gradients in zip(self._factors(self.values), result, strict=True):
+            for g in gradients:
+                if g is not None:
+                    g *= factor.to(g.dtype)
+        ranks.sum_in_place([g for g in wanted if g is not None])
+        return result
+
+    def backward(self, factors: Sequence[Tensor], inputs: Sequence[Tensor] | None = None) -> None:
+        """One backward pass of the present losses, times one factor each, into ``.grad``.
+
+        Under ranks the sum over them goes there, and no hook of DistributedDataParallel fires.
+
+        Args:
+            factors: n 0-dimensional tensors, dtype of the losses.
+            inputs: parameters that receive gradients; every leaf by default.
+        """
+        if self.ranks is None:
+            torch.autograd.backward(self.edges, factors, inputs=inputs)
+            return
+        if inputs is None:
+            self._need_told()
+            inputs = list({id(p): p for edge in self.edges for p in leaves_of(edge)}.values())
+        add_gradient(inputs, self.gradients(factors, inputs, keep_graph=False))
+
+    def gradients(
+        self, factors: Sequence[Tensor], inputs: Sequence[Tensor], keep_graph: bool = True
+    ) -> Sequence[Tensor | None]:
+        """Gradients of the sum of the present losses, times one factor each.
+
+        Averaged over the ranks.
+        """
+        if self.ranks is not None:
+            factors = [f * s for f, s in zip(factors, self._factors(self.values), strict=True)]
+        found = torch.autograd.grad(
+            self.edges, inputs, factors, retain_graph=keep_graph, allow_unused=True
+        )
+        return found if self.ranks is None else _sum_over(self.ranks, inputs, found)
 
     def gradients_finite(self) -> Tensor:
         """Whether ``.grad`` of every leaf of the losses is finite, 0-dimensional bool."""
         leaves = {id(p): p for edge in self.edges for p in leaves_of(edge)}
+        # Of a task that only other ranks have, the leaves are not in this rank's graph.
+        leaves |= {id(p): p for group in (self.shared, *self.heads) for p in group}
         found = [p.grad for p in leaves.values() if p.grad is not None]
         return torch.nn.utils.get_total_norm(found, torch.inf).isfinite()
 
     def add_shared(self, direction: Tensor) -> None:
         """Add the direction, (P,) or the flattened features' (numel,), to the shared ``.grad``."""
+        if self.features is not None and self.ranks is not None:
+            cotangent = direction[self._columns].view(self.features.shape)
+            gradients = torch.autograd.grad(
+                [self.features], self.shared, [cotangent], allow_unused=True
+            )
+            add_gradient(self.shared, _sum_over(self.ranks, self.shared, gradients))
+            return
         if self.features is not None:
             cotangent = direction.view(self.features.shape)
             torch.autograd.backward([self.features], [cotangent], inputs=self.shared)
@@ -453,6 +592,11 @@ class Method:
         head_gradients: what head k receives: "raw", dL_k/dphi_k, or "weighted", the same times
             the task's weight. The default is what the method's paper does.
         seed: of a random rule's generator; None for a rule that draws nothing.
+
+    Attributes:
+        group: processes that train this model together, each on its part of the batch: a process
+            group of `torch.distributed`; "auto" (default), the default group once it is
+            initialised; or None, this process trains alone. See `mtl_tutorial.parallel`.
     """
 
     name: ClassVar[str] = ""
@@ -475,10 +619,22 @@ class Method:
         if head_gradients not in ("raw", "weighted"):
             raise ValueError(f"expected head_gradients 'raw' or 'weighted', got {head_gradients!r}")
         self.head_gradients = head_gradients
+        self.group: Any = "auto"
         # Drawn on the host on every device, so that a seed means the same numbers everywhere.
         self._generator = None if seed is None else torch.Generator().manual_seed(seed)
         self._state: dict[str, Tensor] = {}
+        self._shares: list[float] | None = None  # this rank's, of the last step
         self._pending: list[tuple[Tensor, torch.cuda.Event, list[int]]] = []
+
+    def ranks(self) -> Ranks | None:
+        """The ranks of `group`; None where this process trains alone."""
+        if self.group is None or not torch.distributed.is_available():
+            return None
+        if not torch.distributed.is_initialized():
+            return None
+        from .parallel import ranks_of  # here, so that this file by itself needs torch alone
+
+        return ranks_of(self.group)
 
     # What a method defines ------------------------------------------------------------------
 
@@ -605,7 +761,8 @@ class Method:
                 f"{self.name}: expected no features, since the method has no feature level, got "
                 f"features of shape {tuple(features.shape)}; leave them out"
             )
-        graph = LossGraph(losses, features)
+        graph = LossGraph(losses, features, self.ranks())
+        self._shares = graph.shares
         scale = None if scaler is None else scaler.scale(torch.ones((), device=graph.values.device))
         with torch.no_grad(), torch.autocast(graph.values.device.type, enabled=False):
             if self.sees == "losses":
@@ -628,17 +785,15 @@ class Method:
         assert weights is not None
         factors = weights if scale is None else torch.where(ok, weights * scale, torch.inf)
         outputs = [factor.to(losses.dtype) for factor in factors]
-        if self.head_gradients == "weighted" and heads is None:
-            torch.autograd.backward(graph.edges, outputs)
+        if self.head_gradients == "weighted" and heads is None and not graph.uneven:
+            graph.backward(outputs)
         elif self.head_gradients == "weighted":
             graph.partition(shared, heads)
             inputs = {id(p): p for group in (graph.shared, *graph.heads) for p in group}
-            torch.autograd.backward(graph.edges, outputs, inputs=list(inputs.values()))
+            graph.backward(outputs, list(inputs.values()))
         else:
             graph.partition(shared, heads)
-            gradients = torch.autograd.grad(
-                graph.edges, graph.shared, outputs, retain_graph=True, allow_unused=True
-            )
+            gradients = graph.gradients(outputs, graph.shared)
             graph.add_heads(graph.head_gradients(scale), None, None)
             add_gradient(graph.shared, gradients)
         if before is not None:
@@ -649,7 +804,7 @@ class Method:
 
     def _backward_rows(self, graph: LossGraph, scale: Tensor | None) -> Info:
         """One backward pass per task, then weights, then the weighted rows."""
-        rows, head_gradients = graph.rows_and_head_gradients(scale)
+        rows, head_gradients = graph.average(*graph.rows_and_head_gradients(scale))
         losses = graph.present_values
         view = View(losses=losses, rows=rows, tasks=graph.present, n_tasks=graph.n_tasks)
         weights, head_weights, ok = self._solve(view, masked=scale is not None)

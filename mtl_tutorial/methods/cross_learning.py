@@ -201,7 +201,7 @@ class CrossLearning(Method):
             self._shared = [p for p in shared if p.requires_grad]
         heads = None if heads is None else [list(head) for head in heads]
         if not self._shared:  # one more forward pass, at the first step alone
-            self._shared = _graph(closure, shared, heads).shared
+            self._shared = self._graph(closure, shared, heads).shared
         device = self._shared[0].device
         scale = None if scaler is None else scaler.scale(torch.ones((), device=device))
         centre = self._flat()
@@ -212,7 +212,7 @@ class CrossLearning(Method):
             while len(passes) < n_tasks:
                 if self._state:
                     self._put(self._state["copies"][len(passes)])
-                graph = _graph(closure, self._shared, heads)
+                graph = self._graph(closure, self._shared, heads)
                 n_tasks = graph.n_tasks
                 passes.append(_Pass(graph, len(passes), scale))
         finally:
@@ -326,6 +326,20 @@ class CrossLearning(Method):
         self._state = {"copies": copies}
         self._put(centre)
 
+    def _graph(
+        self,
+        closure: Closure,
+        shared: Iterable[Tensor] | None,
+        heads: Sequence[Iterable[Tensor]] | None,
+    ) -> LossGraph:
+        with torch.enable_grad():
+            output = closure(None) if takes_tasks(closure) else closure()
+        losses, _ = split_closure_output(output)  # copies of the trunk share no features
+        losses = losses if isinstance(losses, Tensor) else list(losses)
+        graph = LossGraph(losses, ranks=self.ranks())
+        graph.partition(shared, heads)
+        return graph
+
     def _split(self, each: _Pass) -> list[Tensor | None]:
         """The row as gradients of the shared parameters; None for those the task does not use."""
         assert each.row is not None
@@ -363,23 +377,10 @@ class _Pass:
             return
         i = graph.present.index(task)
         graph.edges, graph.heads, graph.present = [graph.edges[i]], [graph.heads[i]], [task]
-        rows, head_gradients = graph.rows_and_head_gradients(scale)
+        rows, head_gradients = graph.average(*graph.rows_and_head_gradients(scale))
         self.row, self.used = rows[0], list(graph.used)
         self.head, self.head_gradients = graph.heads[0], head_gradients[0]
         self.finite = self.loss.isfinite() & self.row.isfinite().all()
-
-
-def _graph(
-    closure: Closure,
-    shared: Iterable[Tensor] | None,
-    heads: Sequence[Iterable[Tensor]] | None,
-) -> LossGraph:
-    with torch.enable_grad():
-        output = closure(None) if takes_tasks(closure) else closure()
-    losses, _ = split_closure_output(output)  # copies of the trunk share no features
-    graph = LossGraph(losses if isinstance(losses, Tensor) else list(losses))
-    graph.partition(shared, heads)
-    return graph
 
 
 def _times(gradients: list[Tensor | None], factor: Tensor | None) -> list[Tensor | None]:

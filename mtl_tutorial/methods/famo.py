@@ -185,6 +185,9 @@ class FAMO(Method):
                 f"famo: expected losses of shape ({k},) after the step, got "
                 f"{tuple(losses_after.shape)}; return one loss per task, in the same order"
             )
+        ranks = self.ranks()
+        if ranks is not None:  # over the ranks that had the task in the step
+            losses_after = ranks.average(losses_after, self._shares or [1 / ranks.size] * k)
         losses = losses_after.to(logits)
         use = waiting & (losses.isfinite() | ~waiting).all()
         use = use if stepped is None else use & stepped

@@ -8,7 +8,7 @@ forward passes beside the current loss:
 
     b = (L(-1) - L(1)) / 2,        h = L(1) - 2 L(0) + L(-1).
 
-This file needs torch alone.
+This file needs torch alone; several processes that train one model, ``parallel.py`` as well.
 """
 
 from __future__ import annotations
@@ -58,6 +58,10 @@ class GeNLR:
             than three probes alone.
         probes: multipliers of the update at which the loss is looked at, three at least.
 
+    Attributes:
+        group: as `Method.group`. The losses are averaged over its ranks, so that all of them find
+            the same learning rate.
+
     A fit with b <= 0 or h <= 0 has no minimum ahead and leaves the learning rate as it is. A probe
     with a non-finite loss divides it by `clip`.
 
@@ -94,6 +98,7 @@ class GeNLR:
         self.min_r2 = min_r2
         self.probes = tuple(probes)
         self.calls = 0
+        self.group: Any = "auto"
 
     def update(
         self,
@@ -157,14 +162,21 @@ class GeNLR:
                 for p, old, update in zip(parameters, before, updates, strict=True):
                     p.copy_(old + m * update)
                 with torch.random.fork_rng():
-                    losses.append(closure().detach().double().cpu())
+                    losses.append(closure().detach().double())
                 _restore(buffers, buffers_before)
         finally:
             _restore(parameters, before)
             _restore(buffers, buffers_before)
             optimizer.state.clear()
             optimizer.state.update(state)
-        return torch.stack(losses)
+        found = torch.stack(losses)
+        if self.group is not None and torch.distributed.is_available():
+            from ..parallel import ranks_of
+
+            ranks = ranks_of(self.group)
+            if ranks is not None:
+                found = ranks.average(found, [1 / ranks.size] * len(found))
+        return found.cpu()
 
 
 def _cloned(values: dict[str, Any]) -> dict[str, Any]:

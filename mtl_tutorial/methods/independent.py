@@ -193,6 +193,8 @@ class Independent(Method):
     ) -> Info:
         """Backward of the sum of the losses, for the joint schedule alone.
 
+        `shared` and `heads` are needed where a task is absent on some ranks alone.
+
         Raises:
             RuntimeError: the schedule has more than one group, so one backward is not enough.
         """
@@ -203,7 +205,11 @@ class Independent(Method):
                 "losses, which takes several optimiser steps per batch; call "
                 "step(closure, optimizer)"
             )
-        return self._group_backward(losses, list(range(k)), None, scaler)
+        inputs = None
+        if shared is not None and heads is not None and self.ranks() is not None:
+            groups = [shared, *heads]
+            inputs = list({id(p): p for group in groups for p in group if p.requires_grad}.values())
+        return self._group_backward(losses, list(range(k)), None, scaler, inputs)
 
     def direction(self, jacobian: Tensor, *, losses: Tensor | None = None) -> Tensor:
         """Not defined: raises TypeError."""
@@ -244,9 +250,10 @@ class Independent(Method):
         group: list[int],
         owner: torch.optim.Optimizer | None,
         scaler: torch.amp.GradScaler | None,
+        inputs: list[Tensor] | None = None,
     ) -> Info:
         """Backward of the sum of the group's losses; nothing non-finite reaches an optimiser."""
-        graph = LossGraph(losses)
+        graph = LossGraph(losses, ranks=self.ranks())
         # Of K losses take the group's edges: an index would send zeros into the other heads.
         wanted = set(group if graph.n_tasks > len(group) else range(graph.n_tasks))
         chosen = [(i, e) for i, e in zip(graph.present, graph.edges, strict=True) if i in wanted]
@@ -257,8 +264,11 @@ class Independent(Method):
             self._raise(finite.tolist(), tasks, "this group's step was not taken")
         one = torch.ones((), dtype=graph.values.dtype, device=graph.values.device)
         one = one if scaler is None else scaler.scale(one).to(graph.values.dtype)
+        if graph.uneven and owner is not None:  # the ranks' own graphs have not the same leaves
+            inputs = [p for g in owner.param_groups for p in g["params"] if p.requires_grad]
         if chosen:
-            torch.autograd.backward([edge for _, edge in chosen], [one] * len(chosen))
+            graph.present, graph.edges = [i for i, _ in chosen], [edge for _, edge in chosen]
+            graph.backward([one] * len(chosen), inputs)
         ok = finite.all()
         if owner is not None:
             parameters = [p for g in owner.param_groups for p in g["params"] if p.grad is not None]
