@@ -17,7 +17,7 @@ import click
 from . import __version__
 
 if TYPE_CHECKING:
-    from .training import Cell, Outcome
+    from .training import Cell, Grid, Outcome
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 folder_argument = click.argument("folder", type=click.Path(path_type=Path))
@@ -132,18 +132,14 @@ def run(
     specs, left_out = training.fitting(training.parse_specs(methods), len(bench.tasks), methods)
     for why in left_out:
         click.echo(why, err=True)
-    cells = [
-        training.Cell(benchmark, budget, bench.protocols[budget], spec, seed, noisy)
-        for seed in range(seeds)
-        for spec in specs
-    ]
-    done = _run_cells(cells, out, str(chosen), quiet=as_json)
-    paths = {str(cell.path(out)) for cell in cells}
+    grid = training.Grid(benchmark, budget, bench.protocols[budget], specs, seeds, noisy)
+    outcomes = _run_grid(grid, out, str(chosen), quiet=as_json)
+    paths = sorted({str(o.cell.path(out)) for o in outcomes})
     if as_json:
-        click.echo(json.dumps({"results": sorted(paths), "out": str(out)}))
+        click.echo(json.dumps({"results": paths, "out": str(out)}))
     else:
-        click.echo(f"{done} of {len(cells)} runs are done; results in {out}")
-        found = [o for cell in cells if (o := training.finished(cell.path(out))) is not None]
+        found = [r for path in paths if (r := training.finished(Path(path))) is not None]
+        click.echo(f"{len(found)} of {len(grid)} runs are done; results in {out}")
         for table in results.tables(found):
             click.echo(f"\n{results.render(table)}")
 
@@ -249,23 +245,22 @@ def info(as_json: bool) -> None:
 # ------------------------------------------------------------------------------- how runs show
 
 
-def _run_cells(cells: list[Cell], out: Path, device: str, quiet: bool) -> int:
-    """Run cells with progress bars on a terminal, plain lines elsewhere; how many are done."""
+def _run_grid(grid: Grid, out: Path, device: str, quiet: bool) -> list[Outcome]:
+    """Run a grid with progress bars on a terminal, plain lines elsewhere."""
     import torch
 
     from . import training
 
     chosen = torch.device(device)
-    done = 0
+    cells = grid.cells(out)
     if quiet:
-        for outcome in training.sweep(cells, out, chosen):
-            done += outcome.status in ("done", "kept")
-        return done
+        return list(training.sweep(cells, out, chosen))
+    outcomes: list[Outcome] = []
     if not sys.stderr.isatty():
-        for i, outcome in enumerate(training.sweep(cells, out, chosen), 1):
-            done += outcome.status in ("done", "kept")
-            click.echo(f"[{i}/{len(cells)}] {_sentence(outcome)}")
-        return done
+        for outcome in training.sweep(cells, out, chosen):
+            outcomes.append(outcome)
+            click.echo(f"[{len(outcomes)}/{len(grid)}] {_sentence(outcome)}")
+        return outcomes
 
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -278,22 +273,26 @@ def _run_cells(cells: list[Cell], out: Path, device: str, quiet: bool) -> int:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as bars:
-        every = bars.add_task("runs", total=len(cells))
+        every = bars.add_task("runs", total=len(grid))
         one = bars.add_task("", total=1)
 
         def show(cell: Cell, epoch: int, epochs: int) -> None:
-            what = f"{cell.spec.label} seed {cell.seed}"
-            bars.update(one, description=what, completed=epoch, total=epochs)
+            bars.update(one, description=_run_name(cell), completed=epoch, total=epochs)
 
         for outcome in training.sweep(cells, out, chosen, show):
-            done += outcome.status in ("done", "kept")
+            outcomes.append(outcome)
             bars.advance(every)
             bars.console.print(_sentence(outcome), highlight=False, markup=False)
-    return done
+    return outcomes
+
+
+def _run_name(cell: Cell) -> str:
+    tried = f" lr {cell.rate:g}" if cell.protocol.rates else ""
+    return f"{cell.spec.label}{tried} seed {cell.seed}"
 
 
 def _sentence(outcome: Outcome) -> str:
-    what = f"{outcome.cell.spec.label} seed {outcome.cell.seed}"
+    what = _run_name(outcome.cell)
     result = outcome.result
     if outcome.status == "elsewhere":
         return f"{what}: left to another process that is running it"

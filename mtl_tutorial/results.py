@@ -153,6 +153,37 @@ def _plain(value: Any) -> Any:
 # ------------------------------------------------------------------------------- tables
 
 
+def best_rate(runs: Sequence[dict[str, Any]]) -> float | None:
+    """The learning rate with the best validation scores after the last epoch.
+
+    Judged with the lowest seed that has tried most rates, by Delta m against the validation
+    scores of the first rate; never by test scores. Failed runs are left out.
+
+    Args:
+        runs: results of one method that differ in learning rate and seed.
+
+    Returns:
+        The rate, or None if no run has finished.
+    """
+    by_seed: dict[int, list[dict[str, Any]]] = {}
+    for run in runs:
+        if run["finished"]:
+            by_seed.setdefault(run["seed"], []).append(run)
+    if not by_seed:
+        return None
+    tried = max(sorted(by_seed.items()), key=lambda item: len(item[1]))[1]
+    tried.sort(key=_rate)
+    higher = tried[0]["metrics"]
+    scores = [_mean_scores([run["history"][-1]["val"]], higher) for run in tried]
+    drops = [delta_m(score, scores[0], higher) for score in scores]
+    finite = [math.inf if math.isnan(drop) else drop for drop in drops]
+    return _rate(tried[finite.index(min(finite))])
+
+
+def _rate(run: dict[str, Any]) -> float:
+    return float(run.get("lr", run["protocol"]["lr"]))
+
+
 @dataclass
 class Row:
     """One method in a table: mean and standard deviation over its seeds."""

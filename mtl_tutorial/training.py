@@ -7,6 +7,7 @@ A run is a `Cell`. `train` runs one cell from its checkpoint, if there is one, t
 from __future__ import annotations
 
 import ast
+import contextlib
 import datetime
 import inspect
 import io
@@ -14,8 +15,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,10 @@ def _split_commas(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: a method on a benchmark under a protocol with a seed."""
+    """One run: a method on a benchmark under a protocol with a seed.
+
+    `lr` is the learning rate of this run where it is not the protocol's.
+    """
 
     benchmark: str
     budget: str
@@ -166,15 +170,27 @@ class Cell:
     spec: Spec
     seed: int
     noise: LabelNoise | None = None
+    lr: float | None = None
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of this run."""
+        return self.protocol.lr if self.lr is None else self.lr
 
     def path(self, root: Path) -> Path:
         """The result file below an output folder."""
-        run = {"method": self.spec.name, "settings": self.spec.settings, "level": self.spec.level}
+        run: dict[str, Any] = {
+            "method": self.spec.name,
+            "settings": self.spec.settings,
+            "level": self.spec.level,
+        }
         group = self.budget
         if self.noise is not None:
             run["noise"] = self.noise.label
             group += f"-noise-{self.noise.label}"
-        protocol = asdict(self.protocol)
+        if self.rate != self.protocol.lr:
+            run["lr"] = self.rate
+        protocol = self.protocol.describe()
         key = results.identity(self.benchmark, self.budget, protocol, run)
         return results.result_path(root, self.benchmark, group, self.spec.label, self.seed, key)
 
@@ -192,8 +208,7 @@ class Run:
         self.benchmark = benchmark
         single = cell.spec.name == results.BASELINE
         torch.manual_seed(cell.seed)
-        if benchmark.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(benchmark.device)
+        forget_peak_memory(benchmark.device)
         self.model = benchmark.model(cell.seed, single)
         self.method = cell.spec.make(cell.seed)
         self.shared: list[nn.Parameter] = self.model.shared_parameters()  # type: ignore[operator]
@@ -208,7 +223,7 @@ class Run:
         """Train one epoch, evaluate on validation data, append to the history."""
         protocol = self.cell.protocol
         for group in self.optimizer.param_groups:
-            group["lr"] = protocol.lr * protocol.lr_factor(self.epoch)
+            group["lr"] = self.cell.rate * protocol.lr_factor(self.epoch)
         start = time.perf_counter()
         losses, weights = Mean(), Mean()
         self.model.train()
@@ -230,7 +245,7 @@ class Run:
                 "train_losses": train_losses,
                 "weights": mean_weights,
                 **self.probe(),
-                "val": self.benchmark.evaluate(self.model, "val"),
+                "val": self.benchmark.evaluate(self.model, "val", protocol.examples),
             }
         )
 
@@ -387,7 +402,8 @@ def describe(run: Run, failed: str | None = None) -> dict[str, Any]:
         "synthetic": bench.synthetic,
         "baseline": bench.baseline,
         "budget": cell.budget,
-        "protocol": asdict(cell.protocol),
+        "protocol": cell.protocol.describe(),
+        "lr": cell.rate,
         "label": cell.spec.label,
         "method": cell.spec.name,
         "settings": run.method.settings,
@@ -427,8 +443,75 @@ class Outcome:
     result: dict[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Methods times seeds, each method with a learning rate of its own where rates are tried.
+
+    Every rate of the protocol is tried with seed 0; the one with the best validation scores
+    (`results.best_rate`) trains the other seeds.
+    """
+
+    benchmark: str
+    budget: str
+    protocol: Protocol
+    specs: Sequence[Spec]
+    seeds: int
+    noise: LabelNoise | None = None
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Learning rates tried for every method."""
+        return self.protocol.rates or (self.protocol.lr,)
+
+    def __len__(self) -> int:
+        return len(self.specs) * (len(self.rates) + self.seeds - 1)
+
+    def cell(self, spec: Spec, seed: int, lr: float) -> Cell:
+        """One run of the grid."""
+        return Cell(self.benchmark, self.budget, self.protocol, spec, seed, self.noise, lr)
+
+    def trials(self, spec: Spec) -> list[Cell]:
+        """The runs with seed 0, one for each rate."""
+        return [self.cell(spec, 0, lr) for lr in self.rates]
+
+    def cells(self, root: Path) -> Iterator[Cell]:
+        """All runs, in the order to take them; the later seeds wait for results of the first."""
+        for spec in self.specs:
+            yield from self.trials(spec)
+        if self.seeds == 1:
+            return
+        chosen: dict[str, float] = {}
+        for spec in self.specs:
+            for cell in self.trials(spec):
+                with FileLock(lock_path(cell, root)):  # until nobody else is running it
+                    pass
+                if not cell.path(root).exists():  # who ran it has died
+                    yield cell
+            chosen[spec.label] = self.choose(spec, root)
+            yield self.cell(spec, 1, chosen[spec.label])
+        for seed in range(2, self.seeds):
+            for spec in self.specs:
+                yield self.cell(spec, seed, chosen[spec.label])
+
+    def choose(self, spec: Spec, root: Path) -> float:
+        """The learning rate of a method's later seeds, from the results that are there."""
+        if len(self.rates) == 1:
+            return self.protocol.lr
+        found = [finished(cell.path(root)) for cell in self.trials(spec)]
+        best = results.best_rate([result for result in found if result is not None])
+        return self.protocol.lr if best is None else best
+
+
+def lock_path(cell: Cell, root: Path) -> Path:
+    """The lock file that says who is running a cell."""
+    path = cell.path(root)
+    lock = root / ".locks" / f"{path.parent.name}-{path.stem}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    return lock
+
+
 def sweep(
-    cells: Sequence[Cell],
+    cells: Iterable[Cell],
     root: Path,
     device: torch.device,
     progress: Callable[[Cell, int, int], None] | None = None,
@@ -450,10 +533,8 @@ def sweep(
     prepared: dict[str, Benchmark] = {}
     for cell in cells:
         path = cell.path(root)
-        lock = root / ".locks" / f"{path.parent.name}-{path.stem}.lock"
-        lock.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(lock, timeout=0):
+            with FileLock(lock_path(cell, root), timeout=0):
                 done = finished(path)
                 if done is not None:
                     yield Outcome(cell, "kept", done)
@@ -533,8 +614,27 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """Peak of the device's allocator in MB since the run began; None on the CPU."""
-    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+    """Peak memory in MB since `forget_peak_memory`; None where the system does not tell.
+
+    On CUDA that of torch's allocator, on the CPU that of the whole process: libraries, data and
+    all, about 400 MB before anything is trained.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(x.split()[1]) for x in lines if x.startswith("VmHWM:")) / 1024
+    except (OSError, StopIteration):
+        return None
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Start `peak_memory` anew, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def pick_device(name: str) -> torch.device:

@@ -187,7 +187,7 @@ def test_result_file_holds_what_it_promises(bench, tmp_path):
     result = results.read_result(path)
     assert result == json.loads(json.dumps(returned))
     assert result["format"] == results.FORMAT
-    assert result["protocol"] == dataclasses.asdict(what.protocol)
+    assert result["protocol"] == what.protocol.describe()
     assert (result["method"], result["label"], result["level"]) == ("rlw", "rlw", "parameter")
     assert result["settings"]["seed"] == 2
     assert result["metrics"] == {t: {"accuracy": True} for t in ("left", "right")}
@@ -196,7 +196,8 @@ def test_result_file_holds_what_it_promises(bench, tmp_path):
     assert set(result["versions"]) == {"mtl_tutorial", "python", "torch", "torchvision", "numpy"}
     assert set(result["device"]) == {"type", "name", "threads"}
     assert result["device"]["type"] == "cpu"
-    assert result["peak_memory_mb"] is None
+    memory = result["peak_memory_mb"]  # where the system tells
+    assert memory is None or 100 < memory < 1e5
     assert result["finished"] is True
     assert result["failed"] is None
     assert result["seconds_per_epoch"] == pytest.approx(result["seconds"] / 2)

@@ -55,9 +55,9 @@ def prepared() -> Tiny:
 
 
 def without_times(value: Any) -> Any:
-    """A result without what differs between two equal runs: times, and commits in between."""
+    """A result without what differs between two equal runs: times, memory, commits in between."""
     if isinstance(value, dict):
-        times = {"seconds", "seconds_per_epoch", "date", "commit"}
+        times = {"seconds", "seconds_per_epoch", "date", "commit", "peak_memory_mb"}
         return {k: without_times(v) for k, v in value.items() if k not in times}
     return [without_times(v) for v in value] if isinstance(value, list) else value
 

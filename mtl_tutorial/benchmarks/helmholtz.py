@@ -55,6 +55,28 @@ class Field(nn.Module):
         """u (N,) at points (N, 2)."""
         return self.network(points)[:, 0]
 
+    def with_laplacian(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """u and u_xx + u_yy (N,) at points (N, 2), carried forward through the layers.
+
+        A layer takes the value a, its slopes along x and y and its Laplacian; for tanh the chain
+        rule gives ``tanh' a_x`` and ``tanh' lap(a) + tanh'' (a_x^2 + a_y^2)``. One pass in place of
+        three differentiations, and a third of the time.
+        """
+        n = len(points)
+        along = points.new_zeros(2, n, 2)
+        along[0, :, 0] = along[1, :, 1] = 1
+        value, slopes, laplacian = points, along, points.new_zeros(n, 2)
+        for layer in self.network:
+            if isinstance(layer, nn.Linear):
+                rest = torch.cat([slopes.flatten(0, 1), laplacian]) @ layer.weight.T
+                value, slopes, laplacian = layer(value), rest[: 2 * n].view(2, n, -1), rest[2 * n :]
+            else:
+                value = torch.tanh(value)
+                first = 1 - value.square()
+                bend = -2 * value * first * slopes.square().sum(0)
+                slopes, laplacian = first * slopes, first * laplacian + bend
+        return value[:, 0], laplacian[:, 0]
+
     def shared_parameters(self) -> list[nn.Parameter]:
         return list(self.parameters())
 
@@ -62,16 +84,10 @@ class Field(nn.Module):
         return [[], []]
 
 
-def residual(model: nn.Module, points: Tensor) -> Tensor:
+def residual(model: Field, points: Tensor) -> Tensor:
     """u_xx + u_yy + u - q at points (N, 2), differentiable by the parameters."""
-    points = points.detach().requires_grad_()
-    u = model(points)
-    (first,) = torch.autograd.grad(u.sum(), points, create_graph=True)
-    laplacian = torch.zeros_like(u)
-    for axis in (0, 1):
-        (second,) = torch.autograd.grad(first[:, axis].sum(), points, create_graph=True)
-        laplacian = laplacian + second[:, axis]
-    return laplacian + u - source(points[:, 0].detach(), points[:, 1].detach())
+    u, laplacian = model.with_laplacian(points)
+    return laplacian + u - source(points[:, 0], points[:, 1])
 
 
 class Helmholtz(Benchmark):
@@ -85,7 +101,12 @@ class Helmholtz(Benchmark):
     protocols: ClassVar[dict[str, Protocol]] = {
         "quick": Protocol(epochs=5, batch_size=128, lr=2e-3, note="500 steps"),
         "full": Protocol(
-            epochs=100, batch_size=128, lr=2e-3, schedule="cosine", note="10,000 steps"
+            epochs=25,
+            batch_size=128,
+            lr=2e-3,
+            schedule="cosine",
+            note="2,500 steps",
+            rates=(7e-4, 2e-3, 6e-3),
         ),
     }
     tasks = (
@@ -127,7 +148,9 @@ class Helmholtz(Benchmark):
         return [makers[k]() for k in chosen], None
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, split: str) -> dict[str, dict[str, float]]:
+    def evaluate(
+        self, model: nn.Module, split: str, examples: int = 0
+    ) -> dict[str, dict[str, float]]:
         axis = torch.linspace(-1, 1, GRID, device=self.device)
         x, y = torch.meshgrid(axis, axis, indexing="ij")
         points = torch.stack([x.flatten(), y.flatten()], 1)

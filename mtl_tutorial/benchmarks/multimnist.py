@@ -34,7 +34,10 @@ N_VAL = 10_000
 
 
 def lenet(n_classes: tuple[int, ...]) -> HardSharing:
-    """Pareto MTL's LeNet for uint8 images (N, 1, 36, 36): 31,250 shared parameters."""
+    """Pareto MTL's LeNet for uint8 images (N, 1, 36, 36): 31,250 shared parameters.
+
+    Channels last, which makes its convolutions two to three times as fast on a CPU.
+    """
     trunk = nn.Sequential(
         ToUnit(),
         nn.Conv2d(1, 10, 9),
@@ -47,7 +50,8 @@ def lenet(n_classes: tuple[int, ...]) -> HardSharing:
         nn.Linear(20 * 5 * 5, 50),
         nn.ReLU(),
     )
-    return HardSharing(trunk, [nn.Linear(50, c) for c in n_classes])
+    heads = [nn.Linear(50, c) for c in n_classes]
+    return HardSharing(trunk, heads).to(memory_format=torch.channels_last)
 
 
 def pairs(
@@ -68,8 +72,21 @@ class MultiMNIST(Benchmark):
     sources: ClassVar[tuple[str, str]] = ("MNIST", "MNIST")
     protocols: ClassVar[dict[str, Protocol]] = {
         "quick": Protocol(epochs=2, batch_size=256, lr=1e-3),
-        "full": Protocol(epochs=100, batch_size=256, lr=1e-3, schedule="cosine"),
-        "cpu": Protocol(epochs=6, batch_size=256, lr=2e-3, schedule="cosine"),
+        "full": Protocol(
+            epochs=100,
+            batch_size=256,
+            lr=1e-3,
+            schedule="cosine",
+            rates=(3e-4, 1e-3, 3e-3),
+        ),
+        "cpu": Protocol(
+            epochs=2,
+            batch_size=64,
+            lr=3e-3,
+            schedule="cosine",
+            rates=(1e-3, 3e-3, 1e-2),
+            examples=6_000,
+        ),
     }
     tasks = (
         Task("left", F.cross_entropy, (ACCURACY,), n_classes=10),

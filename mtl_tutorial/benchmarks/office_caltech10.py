@@ -65,7 +65,14 @@ class OfficeCaltech10(StreamBenchmark):
     embedded = False
     protocols: ClassVar[dict[str, Protocol]] = {
         "quick": Protocol(epochs=20, batch_size=32, lr=1e-3, weight_decay=1e-4),
-        "full": Protocol(epochs=100, batch_size=32, lr=1e-3, weight_decay=1e-4, schedule="cosine"),
+        "full": Protocol(
+            epochs=40,
+            batch_size=32,
+            lr=1e-3,
+            weight_decay=1e-4,
+            schedule="cosine",
+            rates=(3e-4, 1e-3, 3e-3),
+        ),
     }
     tasks = tuple(
         Task(name.removesuffix("10").lower(), F.cross_entropy, (ACCURACY,), n_classes=CLASSES)

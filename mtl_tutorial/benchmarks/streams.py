@@ -1,8 +1,9 @@
 """Benchmarks whose tasks bring their own inputs: several domains, several data sets, one trunk.
 
 Each task has its own stream of examples. An epoch takes as many steps as the longest stream has
-batches; shorter streams start over, shuffled anew. The trunk sees the batches of all tasks as one,
-head k its own part, so a step costs one forward pass of the trunk, not K.
+batches; shorter streams start over, shuffled anew. The trunk sees the batch of one task at a time:
+then a task's backward pass runs over its own examples alone, and the gradients of all K tasks
+together cost what equal weighting costs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import HardSharing, Separate
-from .base import Benchmark, Data, Losses, Protocol, Splits
+from .base import EVALUATION_BATCH, Benchmark, Data, Losses, Protocol, Splits
 
 Batch = list[tuple[Tensor, Tensor]]  # per task: inputs and targets
 
@@ -48,7 +49,8 @@ class StreamBenchmark(Benchmark):
         return f"train/{k}", 0
 
     def batches(self, protocol: Protocol, generator: torch.Generator) -> Iterator[Batch]:
-        streams = [self.data[f"train/{k}"] for k in range(len(self.tasks))]
+        every = [self.data[f"train/{k}"] for k in range(len(self.tasks))]
+        streams = [stream.first(protocol.examples) for stream in every]
         size = protocol.batch_size
         steps = max(max(1, len(stream) // size) for stream in streams)
         sources = [endless(stream, size, generator) for stream in streams]
@@ -59,27 +61,25 @@ class StreamBenchmark(Benchmark):
         self, model: nn.Module, batch: Any, tasks: Sequence[int] | None = None
     ) -> tuple[Losses, Tensor | None]:
         chosen = list(range(len(self.tasks)) if tasks is None else tasks)
-        if isinstance(model, HardSharing):
-            joined = model.features(torch.cat([batch[k][0] for k in chosen]))
-            parts = joined.split([len(batch[k][0]) for k in chosen])
-            outputs = [model.heads[k](z) for k, z in zip(chosen, parts, strict=True)]
-        else:
-            outputs = [_alone(model, k)(batch[k][0])[0] for k in chosen]
-        losses = [
-            self.tasks[k].loss(out, batch[k][1]) for k, out in zip(chosen, outputs, strict=True)
-        ]
+        losses = []
+        for k in chosen:
+            inputs, targets = batch[k]
+            trunk, head = _path(model, k)
+            losses.append(self.tasks[k].loss(head(trunk(inputs)), targets))
         return losses, None
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, split: str) -> dict[str, dict[str, float]]:
+    def evaluate(
+        self, model: nn.Module, split: str, examples: int = 0
+    ) -> dict[str, dict[str, float]]:
         model.eval()
         scores: dict[str, dict[str, float]] = {}
         for k, task in enumerate(self.tasks):
-            network = model if isinstance(model, HardSharing) else _alone(model, k)
-            head = network.heads[k if network is model else 0]
+            trunk, head = _path(model, k)
             totals: dict[str, Tensor] = {}
-            for inputs, targets in self.data[f"{split}/{k}"].batches(1024):
-                output = head(network.trunk(inputs))
+            data = self.data[f"{split}/{k}"].first(examples)
+            for inputs, targets in data.batches(EVALUATION_BATCH):
+                output = head(trunk(inputs))
                 for metric in task.metrics:
                     part = metric.statistics(output, targets[0])
                     totals[metric.name] = totals.get(metric.name, torch.zeros_like(part)) + part
@@ -92,9 +92,12 @@ class StreamBenchmark(Benchmark):
         return [(inputs, targets[0]) for inputs, targets in firsts]
 
 
-def _alone(model: nn.Module, k: int) -> HardSharing:
-    """Network k of the single-task baseline."""
-    return cast(HardSharing, cast(Separate, model).networks[k])
+def _path(model: nn.Module, k: int) -> tuple[nn.Module, nn.Module]:
+    """Trunk and head of task k, shared or of the single-task baseline."""
+    if isinstance(model, HardSharing):
+        return model.trunk, model.heads[k]
+    alone = cast(HardSharing, cast(Separate, model).networks[k])
+    return alone.trunk, alone.heads[0]
 
 
 def split_indices(

@@ -119,7 +119,9 @@ class Toy(Benchmark):
         return (every if tasks is None else [every[k] for k in tasks]), None
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, split: str) -> dict[str, dict[str, float]]:
+    def evaluate(
+        self, model: nn.Module, split: str, examples: int = 0
+    ) -> dict[str, dict[str, float]]:
         return {
             task.name: {"loss": float(loss)} for task, loss in zip(self.tasks, model(), strict=True)
         }
