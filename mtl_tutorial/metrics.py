@@ -23,12 +23,14 @@ class Metric:
         higher_is_better: direction of improvement.
         statistics: (output, target) of a batch to a tensor that is summed over batches.
         finish: the summed statistics to the number; NaN where nothing was counted.
+        merge: puts the statistics of two batches together, where a sum would not do.
     """
 
     name: str
     higher_is_better: bool
     statistics: Callable[[Tensor, Tensor], Tensor]
     finish: Callable[[Tensor], float]
+    merge: Callable[[Tensor, Tensor], Tensor] = torch.add
 
 
 def ratio(total: Tensor) -> float:
