@@ -238,7 +238,8 @@ def save_all(root: Path, folder: Path) -> list[Path]:
     with mpl.rc_context():
         set_style()
         for table in results.tables(found):
-            runs = [r for r in found if r["finished"] and table.holds(r)]
+            mine = [r for r in found if table.holds(r)]
+            runs = [r for r in results.with_best_rates(mine) if r["finished"]]
             if not runs:
                 continue
             figures = {

@@ -25,6 +25,7 @@ from .metrics import Scores, delta_m, mean_rank
 
 FORMAT = 1
 BASELINE = "single_task"
+REFERENCE = "equal"  # what every method is compared with, seed by seed
 GROUPED_BY = ("benchmark", "budget", "protocol", "noise", "remark")  # what one table has in common
 MOST_COLUMNS = 8  # numbers per method; beyond, tasks are averaged
 TABLE_FORMATS = ("text", "markdown", "csv", "latex", "json")
@@ -184,6 +185,19 @@ def _rate(run: dict[str, Any]) -> float:
     return float(run.get("lr", run["protocol"]["lr"]))
 
 
+def with_best_rates(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs that count: of each method of each table, those with its `best_rate`."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        key = json.dumps([run["label"], *(run.get(k) or None for k in GROUPED_BY)])
+        groups.setdefault(key, []).append(run)
+    kept = []
+    for group in groups.values():
+        best = best_rate(group) if len({_rate(run) for run in group}) > 1 else None
+        kept += [run for run in group if best is None or _rate(run) == best]
+    return kept
+
+
 @dataclass
 class Row:
     """One method in a table: mean and standard deviation over its seeds."""
@@ -195,6 +209,9 @@ class Row:
     delta_m: tuple[float, float]
     mean_rank: float
     seconds: float  # per epoch
+    lr: float
+    against_equal: tuple[float, float]  # Delta m against equal weighting with the same seed
+    peak_memory: float  # MB
     failed: list[str] = field(default_factory=list)
 
 
@@ -212,6 +229,7 @@ class Table:
     synthetic: bool
     noise: str | None = None
     remark: str | None = None
+    rates: list[float] = field(default_factory=list)  # learning rates tried, if more than one
 
     def holds(self, result: dict[str, Any]) -> bool:
         """Whether a result belongs to this table."""
@@ -224,9 +242,14 @@ class Table:
         made_up = " (synthetic)" if self.synthetic else ""
         made_up += f" ({self.remark})" if self.remark else ""
         made_up += f", label noise {self.noise}" if self.noise else ""
+        rate = f"lr {p['lr']:g}"
+        if self.rates:
+            rate = f"lr of {', '.join(f'{r:g}' for r in self.rates)} by validation with seed 0"
+        few = f", {p['examples']} training examples a task" if p.get("examples") else ""
+        note = f" ({p['note']})" if p.get("note") else ""
         return (
-            f"{self.benchmark}{made_up}, budget {self.budget}: {p['epochs']} epochs, batch "
-            f"{p['batch_size']}, {p['optimizer']} lr {p['lr']:g}, {p['schedule']}; test scores "
+            f"{self.benchmark}{made_up}, budget {self.budget}: {p['epochs']} epochs{note}{few}, "
+            f"batch {p['batch_size']}, {p['optimizer']} {rate}, {p['schedule']}; test scores "
             f"after the {p['report']} epoch; {'; '.join(self.devices)}; {'; '.join(self.versions)}"
         )
 
@@ -240,7 +263,9 @@ def tables(results: Iterable[dict[str, Any]]) -> list[Table]:
     return [_table(group) for group in groups.values()]
 
 
-def _table(results: list[dict[str, Any]]) -> Table:
+def _table(every: list[dict[str, Any]]) -> Table:
+    results = with_best_rates(every)
+    rates = sorted({_rate(run) for run in every})
     first = results[0]
     higher: dict[str, dict[str, bool]] = first["metrics"]
     labels: dict[str, list[dict[str, Any]]] = {}
@@ -249,6 +274,7 @@ def _table(results: list[dict[str, Any]]) -> Table:
     done = {k: [r for r in v if r["finished"] and r.get("test")] for k, v in labels.items()}
     means = {k: _mean_scores([r["test"] for r in v], higher) for k, v in done.items() if v}
     baseline = means.get(BASELINE) if first.get("baseline", True) else None
+    reference = {r["seed"]: r["test"] for r in done.get(REFERENCE, [])}
     ranked = [k for k in means if k != BASELINE]
     ranks = dict(zip(ranked, mean_rank([means[k] for k in ranked], higher), strict=True))
     rows = []
@@ -259,6 +285,12 @@ def _table(results: list[dict[str, Any]]) -> Table:
         }
         tests = [_mean_scores([r["test"]], higher) for r in done[label]]  # null becomes NaN
         drops = [delta_m(test, baseline, higher) for test in tests] if baseline else []
+        pairs = [
+            delta_m(test, _mean_scores([reference[r["seed"]]], higher), higher)
+            for r, test in zip(done[label], tests, strict=True)
+            if r["seed"] in reference and label != REFERENCE
+        ]
+        memory = [r["peak_memory_mb"] for r in done[label] if r.get("peak_memory_mb")]
         rows.append(
             Row(
                 label=label,
@@ -268,6 +300,9 @@ def _table(results: list[dict[str, Any]]) -> Table:
                 delta_m=_mean_std(drops if label != BASELINE else []),
                 mean_rank=ranks.get(label, math.nan),
                 seconds=_mean_std([r.get("seconds_per_epoch") for r in done[label]])[0],
+                lr=_rate(runs[0]),
+                against_equal=_mean_std(pairs),
+                peak_memory=max(memory, default=math.nan),
                 failed=[f"seed {r['seed']}: {r['failed']}" for r in runs if r.get("failed")],
             )
         )
@@ -283,6 +318,7 @@ def _table(results: list[dict[str, Any]]) -> Table:
         synthetic=bool(first.get("synthetic")),
         noise=first.get("noise"),
         remark=first.get("remark"),
+        rates=rates if len(rates) > 1 else [],
     )
 
 
@@ -357,28 +393,37 @@ def columns(table: Table) -> list[tuple[str, bool, Callable[[Row], Pair]]]:
 
 
 def cells(table: Table) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a table as text; an empty cell was not run."""
-    numbers = columns(table)
-    header = [
-        "method",
-        *(f"{name} {'↑' if up else '↓'}" for name, up, _ in numbers),
-        "Delta m % ↓",
-        "mean rank ↓",
-        "s/epoch",
-        "seeds",
-    ]
-    body = [
-        [
-            row.label,
-            *(_pm(value(row)) for _, _, value in numbers),
-            _pm(row.delta_m),
-            "" if math.isnan(row.mean_rank) else f"{row.mean_rank:.1f}",
-            "" if math.isnan(row.seconds) else f"{row.seconds:.2f}",
-            str(len(row.seeds)) + (f" ({len(row.failed)} failed)" if row.failed else ""),
-        ]
-        for row in table.rows
-    ]
-    return header, body
+    """Header and rows of a table as text; an empty cell was not run.
+
+    The columns for the learning rate, the paired comparison with equal weighting and the memory
+    are there only if there is something to put in them.
+    """
+    shown: list[tuple[str, Callable[[Row], str]]] = [("method", lambda row: row.label)]
+    for name, up, value in columns(table):
+        shown.append((f"{name} {'↑' if up else '↓'}", _text_of(value)))
+    shown.append(("Delta m % ↓", lambda row: _pm(row.delta_m)))
+    if any(not math.isnan(row.against_equal[0]) for row in table.rows):
+        shown.append(("vs equal % ↓", lambda row: _pm(row.against_equal)))
+    shown.append(("mean rank ↓", lambda row: _number(row.mean_rank, ".1f")))
+    if table.rates:
+        shown.append(("lr", lambda row: f"{row.lr:g}" if row.seeds else ""))
+    shown.append(("s/epoch", lambda row: _number(row.seconds, ".2f")))
+    if any(not math.isnan(row.peak_memory) for row in table.rows):
+        shown.append(("peak MB", lambda row: _number(row.peak_memory, ".0f")))
+    shown.append(("seeds", _seeds))
+    return [name for name, _ in shown], [[text(row) for _, text in shown] for row in table.rows]
+
+
+def _text_of(value: Callable[[Row], Pair]) -> Callable[[Row], str]:
+    return lambda row: _pm(value(row))
+
+
+def _number(value: float, form: str) -> str:
+    return "" if math.isnan(value) else format(value, form)
+
+
+def _seeds(row: Row) -> str:
+    return str(len(row.seeds)) + (f" ({len(row.failed)} failed)" if row.failed else "")
 
 
 def render(table: Table, form: str = "text") -> str:

@@ -89,6 +89,63 @@ def test_text_of_the_same_table():
     ]
 
 
+def trial(label, lr, val, seed=0, test=90.0, **changes):
+    """A run at one of several learning rates, with its validation accuracy."""
+    history = [{"epoch": 1, "val": {"a": {"acc": val}, "b": {"err": 0.5}}}]
+    return result(label, seed, test, lr=lr, history=history, **changes)
+
+
+def test_learning_rate_is_chosen_by_validation_never_by_test_scores():
+    runs = [
+        trial("x", 0.1, val=80, test=99),
+        trial("x", 0.3, val=85, test=70),
+        trial("x", 0.3, val=10, seed=1, test=72),  # the later seeds have no say
+        trial("x", 1.0, val=None, finished=False, failed="epoch 1: not finite"),
+        trial("y", 0.1, val=80, test=60),
+        trial("y", 0.3, val=70, test=95),
+    ]
+    assert results.best_rate(runs[:4]) == 0.3
+    assert results.best_rate(runs[3:4]) is None
+    (table,) = tables(runs)
+    assert table.rates == [0.1, 0.3, 1.0]
+    assert "lr of 0.1, 0.3, 1 by validation with seed 0" in table.title
+    rows = {row.label: row for row in table.rows}
+    assert (rows["x"].lr, rows["y"].lr) == (0.3, 0.1)
+    assert rows["x"].scores["a"]["acc"][0] == 71
+    assert rows["y"].scores["a"]["acc"][0] == 60
+    header, body = results.cells(table)
+    assert {row[0]: row[header.index("lr")] for row in body} == {"x": "0.3", "y": "0.1"}
+
+
+def test_lower_is_better_where_the_metric_says_so_when_rates_are_compared():
+    def of(lr, err):
+        return result("x", lr=lr, history=[{"val": {"a": {"acc": 90.0}, "b": {"err": err}}}])
+
+    assert results.best_rate([of(0.1, 0.6), of(0.3, 0.5), of(1.0, 0.7)]) == 0.3
+
+
+def test_methods_are_compared_with_equal_weighting_seed_by_seed():
+    runs = [
+        *(result("equal", s, acc) for s, acc in enumerate((80, 100))),
+        *(result("x", s, acc) for s, acc in enumerate((84, 90, 50))),
+    ]
+    (table,) = tables(runs)
+    rows = {row.label: row for row in table.rows}
+    # Delta m with the same seed: (-5 + 0)/2 and (10 + 0)/2; the third seed has no partner.
+    assert rows["x"].against_equal == pytest.approx((1.25, 7.5 / math.sqrt(2)))
+    assert math.isnan(rows["equal"].against_equal[0])
+    header, body = results.cells(table)
+    place = header.index("vs equal % ↓")
+    assert {row[0]: row[place] for row in body} == {"x": "1.25 ± 5.30", "equal": ""}
+
+
+def test_peak_memory_is_the_largest_of_the_seeds():
+    runs = [result("x", 0, peak_memory_mb=10.4), result("x", 1, peak_memory_mb=20.6), result("y")]
+    header, body = results.cells(tables(runs)[0])
+    place = header.index("peak MB")
+    assert {row[0]: row[place] for row in body} == {"x": "21", "y": ""}
+
+
 def test_single_task_comes_first_and_what_only_failed_last():
     runs = [failed("aaa", 0), result("b", acc=99), result("single_task", acc=1), result("a", acc=9)]
     assert [r.label for r in tables(runs)[0].rows] == ["single_task", "b", "a", "aaa"]

@@ -193,7 +193,16 @@ class Data:
         size = min(size, len(self))
         for i in range(0, len(self) - size + 1, size):
             index = order[i : i + size]
-            yield self.inputs[index], tuple(t[index] for t in self.targets)
+            # Copies whole rows, several times as fast as `inputs[index]`.
+            yield (
+                self.inputs.index_select(0, index),
+                tuple(t.index_select(0, index) for t in self.targets),
+            )
+
+
+def _full(output: Tensor) -> Tensor:
+    """The output in float32 where autocast gave less, so that a loss sums in float32."""
+    return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
 
 
 EVALUATION_BATCH = 256  # the activations of a larger one fall out of the cache
@@ -342,7 +351,8 @@ class Benchmark:
             features, every = None, model(inputs)
             outputs = [every[k] for k in chosen]
         losses = [
-            self.tasks[k].loss(out, targets[k]) for k, out in zip(chosen, outputs, strict=True)
+            self.tasks[k].loss(_full(out), targets[k])
+            for k, out in zip(chosen, outputs, strict=True)
         ]
         return losses, features
 
