@@ -242,6 +242,67 @@ def info(as_json: bool) -> None:
         click.echo("\n".join(f"{key:13} {value}" for key, value in facts.items()))
 
 
+@app.command()
+@click.option("--cases", default="all", show_default=True, help="Comma-separated cases, or all.")
+@click.option(
+    "--method",
+    default="aligned_mtl",
+    show_default=True,
+    help="Method to compare on: aligned_mtl, imtl_g, mgda or upgrad.",
+)
+@click.option("--steps", is_flag=True, help="Time steps (the default if nothing else is asked).")
+@click.option("--memory", is_flag=True, help="Peak memory, each contender in a fresh process.")
+@click.option("--accuracy", is_flag=True, help="Gradients against float64, for all four methods.")
+@click.option("--solvers", is_flag=True, help="Time the solvers on Gram matrices alone.")
+@click.option("--rounds", default=9, show_default=True, help="Rounds per case, at most.")
+@click.option(
+    "--seconds",
+    default=60.0,
+    show_default=True,
+    help="No round beyond the third of a case starts after that time.",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--threads", default=1, show_default=True, help="Torch's threads on the CPU.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=None, help="Store the numbers as JSON."
+)
+@json_option
+def speed(
+    cases: str,
+    method: str,
+    rounds: int,
+    seconds: float,
+    device: str,
+    threads: int,
+    out: Path | None,
+    as_json: bool,
+    **chosen: bool,
+) -> None:
+    """Compare what a step costs: equal weighting, ours, TorchJD and LibMTL, in one run.
+
+    The peers come with the extra `speed`; without it their rows stay blank. With the two cases of
+    11 million parameters and 40 tasks (m, r) the peers allocate gigabytes per step. To compare
+    with a caching allocator for everybody, install Debian's libjemalloc2 and put
+    LD_PRELOAD=libjemalloc.so.2 before the command.
+    """
+    from . import training
+    from .speed import report
+    from .speed.cases import CASES
+
+    names = CASES if cases == "all" else [name.strip() for name in cases.split(",")]
+    parts = [part for part in report.PARTS if chosen[part]] or ["steps"]
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise ValueError(f"expected --out to be a file in a folder that exists, got {out}")
+
+    def tell(line: str) -> None:
+        click.echo(line, err=True)
+
+    result = report.measure(
+        parts, names, method, training.pick_device(device), rounds, seconds, threads, tell, out
+    )
+    click.echo(json.dumps(result) if as_json else report.render(result))
+
+
 # ------------------------------------------------------------------------------- how runs show
 
 
