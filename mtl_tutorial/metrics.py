@@ -56,7 +56,40 @@ VALUE = Metric("loss", False, _value, ratio)
 Scores = Mapping[str, Mapping[str, float]]  # task -> metric -> value
 
 
-def delta_m(scores: Scores, baseline: Scores, higher: Mapping[str, Mapping[str, bool]]) -> float:
+def mean_scores(
+    runs: Sequence[Mapping[str, Mapping[str, float | None]]],
+    higher: Mapping[str, Mapping[str, bool]],
+) -> dict[str, dict[str, float]]:
+    """Mean of each score over runs, or over the epochs of one; NaN where one is missing."""
+    return {
+        task: {m: float(np.mean([_value_of(run, task, m) for run in runs])) for m in metrics}
+        for task, metrics in higher.items()
+    }
+
+
+def _value_of(scores: Mapping[str, Mapping[str, float | None]], task: str, metric: str) -> float:
+    value = scores.get(task, {}).get(metric)
+    return float("nan") if value is None else float(value)
+
+
+def mean_score(scores: Scores, higher: Mapping[str, Mapping[str, bool]]) -> float:
+    """One number to pick an epoch by: the mean over the tasks of each task's first metric.
+
+    The larger the better: a metric of which less is better counts with a minus. A task without a
+    value makes it minus infinity.
+    """
+    first = {task: next(iter(metrics.items())) for task, metrics in higher.items() if metrics}
+    signed = [_value_of(scores, t, name) * (1 if up else -1) for t, (name, up) in first.items()]
+    mean = float(np.mean(signed)) if signed else float("nan")
+    return -float("inf") if np.isnan(mean) else mean
+
+
+def delta_m(
+    scores: Scores,
+    baseline: Scores,
+    higher: Mapping[str, Mapping[str, bool]],
+    by_task: bool = False,
+) -> float:
     """Mean relative drop against the single-task baseline in percent; lower is better.
 
     ``100 / M * sum_i s_i (M_i - B_i) / B_i`` over all M metrics of all tasks, with s_i = -1 where
@@ -66,17 +99,25 @@ def delta_m(scores: Scores, baseline: Scores, higher: Mapping[str, Mapping[str, 
         scores: task -> metric -> value of the method.
         baseline: the same of single-task learning.
         higher: the same, whether higher is better.
+        by_task: take the mean of each task's metrics first and then that over the tasks, as
+            Aligned-MTL prints it beside the other.
 
     Returns:
         Percentage; NaN where a baseline is zero or a value is missing.
     """
-    drops = []
+    drops: list[list[float]] = []
     for task, metrics in higher.items():
+        drops.append([])
         for metric, up in metrics.items():
             ours = scores.get(task, {}).get(metric, float("nan"))
             base = baseline.get(task, {}).get(metric, float("nan"))
-            drops.append((-1 if up else 1) * (ours - base) / base if base else float("nan"))
-    return 100 * float(np.mean(drops)) if drops else float("nan")
+            drop = (-1 if up else 1) * (ours - base) / base if base else float("nan")
+            drops[-1].append(drop)
+    tasks = [each for each in drops if each]
+    if by_task:
+        tasks = [[float(np.mean(each))] for each in tasks]
+    every = [drop for each in tasks for drop in each]
+    return 100 * float(np.mean(every)) if every else float("nan")
 
 
 def mean_rank(table: Sequence[Scores], higher: Mapping[str, Mapping[str, bool]]) -> list[float]:

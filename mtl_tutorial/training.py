@@ -26,7 +26,7 @@ import torchvision
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from . import __version__, benchmarks, diagnostics, methods, results
+from . import __version__, benchmarks, diagnostics, methods, metrics, results, savings
 from .benchmarks import Benchmark, Protocol
 from .gradients import Method, gram_matrix, task_gradients
 from .models import count_parameters
@@ -210,17 +210,25 @@ class Run:
         torch.manual_seed(cell.seed)
         forget_peak_memory(benchmark.device)
         self.model = benchmark.model(cell.seed, single)
+        if cell.protocol.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
         self.method = cell.spec.make(cell.seed)
         self.shared: list[nn.Parameter] = self.model.shared_parameters()  # type: ignore[operator]
         self.heads: list[list[nn.Parameter]] = self.model.head_parameters()  # type: ignore[operator]
         self.optimizer = cell.protocol.make_optimizer(list(self.model.parameters()))
+        self.scaler = savings.make_scaler(cell.protocol.precision, benchmark.device)
         self.order = torch.Generator().manual_seed(cell.seed)
         self.epoch = 0
         self.seconds = 0.0
         self.history: list[dict[str, Any]] = []
+        self.reported: list[metrics.Scores] = []  # test scores, after the epochs that count
+        self.best: float | None = None  # validation score of the epoch that counts
 
     def epoch_of_training(self) -> None:
-        """Train one epoch, evaluate on validation data, append to the history."""
+        """Train one epoch, evaluate on validation data, append to the history.
+
+        After an epoch that the protocol reports, test data are evaluated as well.
+        """
         protocol = self.cell.protocol
         for group in self.optimizer.param_groups:
             group["lr"] = self.cell.rate * protocol.lr_factor(self.epoch)
@@ -248,13 +256,38 @@ class Run:
                 "val": self.benchmark.evaluate(self.model, "val", protocol.examples),
             }
         )
+        if protocol.report == "best":
+            score = metrics.mean_score(self.history[-1]["val"], self.benchmark.higher_is_better)
+            if self.best is None or score > self.best:
+                self.best = score
+                self.reported = [self.benchmark.evaluate(self.model, "test")]
+        elif self.epoch > protocol.epochs - protocol.average:
+            self.reported.append(self.benchmark.evaluate(self.model, "test"))
 
     def step(self, batch: Any) -> Any:
         """One step of the method on one batch."""
+        protocol, device = self.cell.protocol, self.benchmark.device
         feature = self.cell.spec.level == "feature"
 
+        def of_piece(piece: Any, tasks: Sequence[int] | None) -> Any:
+            with savings.autocast(protocol.precision, device):
+                return self.benchmark.losses(self.model, piece, tasks)
+
         def of_tasks(tasks: Sequence[int] | None) -> Any:
-            losses, features = self.benchmark.losses(self.model, batch, tasks)
+            if protocol.accumulate > 1:
+                if feature:
+                    raise ValueError(
+                        "expected accumulate=1 with level=feature, since pieces of a batch have "
+                        f"no common representation, got {protocol.accumulate}; leave level out"
+                    )
+                return savings.losses_in_pieces(
+                    lambda piece: of_piece(piece, tasks)[0],
+                    batch,
+                    protocol.accumulate,
+                    list(self.model.parameters()),
+                    self.scaler,
+                )
+            losses, features = of_piece(batch, tasks)
             if feature and features is None:
                 raise ValueError(
                     f"expected a benchmark with a shared representation for level=feature, got "
@@ -267,8 +300,10 @@ class Run:
         closure = of_tasks if told else (lambda: of_tasks(None))
         # The single-task baseline shares nothing: then there is nothing to tell the method.
         if not self.shared:
-            return self.method.step(closure, self.optimizer)
-        return self.method.step(closure, self.optimizer, shared=self.shared, heads=self.heads)
+            return self.method.step(closure, self.optimizer, scaler=self.scaler)
+        return self.method.step(
+            closure, self.optimizer, shared=self.shared, heads=self.heads, scaler=self.scaler
+        )
 
     def probe(self) -> dict[str, Any]:
         """Conflict of the task gradients on a fixed batch, whatever the method looks at."""
@@ -304,7 +339,11 @@ class Run:
             "epoch": self.epoch,
             "seconds": self.seconds,
             "history": self.history,
+            "reported": self.reported,
+            "best": self.best,
         }
+        if self.scaler is not None:
+            state["scaler"] = self.scaler.state_dict()
         if torch.cuda.is_available():
             state["rng_cuda"] = torch.cuda.get_rng_state_all()
         return state
@@ -320,6 +359,9 @@ class Run:
             torch.cuda.set_rng_state_all(state["rng_cuda"])
         self.epoch, self.seconds = state["epoch"], state["seconds"]
         self.history = state["history"]
+        self.reported, self.best = state.get("reported", []), state.get("best")
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
 
 
 class Mean:
@@ -353,7 +395,7 @@ def train(
 
     Args:
         cell: what to run.
-        benchmark: prepared, its data on the device.
+        benchmark: prepared under the cell's protocol, its data on the device.
         root: output folder.
         progress: called after every epoch.
 
@@ -414,7 +456,7 @@ def describe(run: Run, failed: str | None = None) -> dict[str, Any]:
         "metrics": bench.higher_is_better,
         "finished": failed is None,
         "failed": failed,
-        "test": None if failed else bench.evaluate(run.model, "test"),
+        "test": None if failed else metrics.mean_scores(run.reported, bench.higher_is_better),
         "history": run.history,
         "parameters": {
             "shared": count_parameters(run.shared),
@@ -530,7 +572,7 @@ def sweep(
     Yields:
         An outcome per cell, in order.
     """
-    prepared: dict[str, Benchmark] = {}
+    prepared: dict[tuple[str, Protocol], Benchmark] = {}
     for cell in cells:
         path = cell.path(root)
         try:
@@ -539,11 +581,12 @@ def sweep(
                 if done is not None:
                     yield Outcome(cell, "kept", done)
                     continue
-                if cell.benchmark not in prepared:
-                    bench = benchmarks.create(cell.benchmark)
-                    prepared[cell.benchmark] = bench.prepare(device)
+                which = (cell.benchmark, cell.protocol)
+                if which not in prepared:
+                    bench = benchmarks.create(cell.benchmark).under(cell.protocol)
+                    prepared[which] = bench.prepare(device)
                 report = None if progress is None else _bind(progress, cell)
-                result = train(cell, prepared[cell.benchmark], root, report)
+                result = train(cell, prepared[which], root, report)
                 yield Outcome(cell, "failed" if result["failed"] else "done", result)
         except Timeout:
             yield Outcome(cell, "elsewhere")
