@@ -28,6 +28,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 if TYPE_CHECKING:
     from .parallel import Ranks
+    from .rowless import Layer
 
 Losses = Tensor | Sequence[Tensor]
 Closure = Callable[..., Any]
@@ -38,7 +39,7 @@ _BLOCK = 1024  # columns whose products are summed in float32 before the total g
 # ------------------------------------------------------------------------- tensors to tensors
 
 
-def gram_matrix(rows: Tensor) -> Tensor:
+def gram_matrix(rows: Tensor, others: Tensor | None = None) -> Tensor:
     """Gram matrix ``rows @ rows.T`` in float64, without a float64 copy of the rows.
 
     Products are summed in float32 over blocks of 1024 columns and the block sums are added in
@@ -46,19 +47,26 @@ def gram_matrix(rows: Tensor) -> Tensor:
 
     Args:
         rows: floating-point tensor (K, P).
+        others: ``rows`` times a symmetric matrix (P, P), for the Gram matrix in its inner product
+            ``rows @ others.T``; by default the rows themselves.
 
     Returns:
         float64 tensor (K, K), symmetric.
     """
-    if rows.dtype == torch.float64:
+    if rows.dtype == torch.float64 and others is None:
         return rows @ rows.T
+    others = rows if others is None else others
+    if rows.dtype == torch.float64:
+        total = rows @ others.T
+        return (total + total.T) / 2
     k, p = rows.shape
-    rows = rows if rows.dtype == torch.float32 else rows.float()
+    rows, others = rows.float(), others.float()  # no copy of float32
     body = p - p % _BLOCK
-    total = (rows[:, body:] @ rows[:, body:].T).double()
+    total = (rows[:, body:] @ others[:, body:].T).double()
     if body:
-        blocks = rows[:, :body].view(k, -1, _BLOCK).transpose(0, 1)
-        total = total + (blocks @ blocks.transpose(1, 2)).double().sum(0)
+        left = rows[:, :body].view(k, -1, _BLOCK).transpose(0, 1)
+        right = others[:, :body].view(k, -1, _BLOCK).permute(1, 2, 0)
+        total = total + (left @ right).double().sum(0)
     return (total + total.T) / 2
 
 
@@ -138,6 +146,58 @@ def _split_losses(losses: Losses) -> tuple[Tensor, list[GradientEdge | None]]:
     return values, [get_gradient_edge(loss) if loss.requires_grad else None for loss in losses]
 
 
+def owners_of(edges: Sequence[GradientEdge], stop: Node | None = None) -> dict[Node, int | None]:
+    """Every node behind the edges: the number of the one edge that leads to it, None if several do.
+
+    In order of discovery; nothing behind the node `stop` is looked at.
+    """
+    owners: dict[Node, int | None] = {}
+    for k, edge in enumerate(edges):
+        stack = [edge.node]
+        while stack:
+            node = stack.pop()
+            if node is stop:
+                continue
+            owner = owners.setdefault(node, -1)
+            if owner is None or owner == k:
+                continue
+            # A second edge's visit goes on to all that lies behind, so no node is seen twice more.
+            owners[node] = k if owner == -1 else None
+            stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+    return owners
+
+
+def form_of(target: Tensor | GradientEdge) -> tuple[torch.Size, torch.dtype, torch.device]:
+    """Shape, dtype and device of a tensor, or of the gradient that enters an edge."""
+    if isinstance(target, Tensor):
+        return target.shape, target.dtype, target.device
+    form = target.node._input_metadata[target.output_nr]
+    return torch.Size(form.shape), form.dtype, form.device
+
+
+class Scratch:
+    """A buffer for the rows of one step, used again in the next one.
+
+    On the CPU, fresh memory costs as much as filling it does; an accelerator's allocator keeps its
+    memory itself.
+    """
+
+    def __init__(self) -> None:
+        self._kept: Tensor | None = None
+
+    def rows(self, k: int, p: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Uninitialised tensor (k, p), valid until the next call."""
+        if device.type != "cpu":
+            return torch.empty(k, p, dtype=dtype, device=device)
+        if self._kept is None or self._kept.shape != (k, p) or self._kept.dtype != dtype:
+            self._kept = None  # free it before there is another one
+            self._kept = torch.empty(k, p, dtype=dtype)
+        return self._kept
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Scratch, ()  # copies and files need no contents
+
+
 def leaves_of(edge: GradientEdge, stop: Node | None = None) -> list[Tensor]:
     """Leaf tensors that require a gradient and that the edge depends on, in order of discovery."""
     found: list[Tensor] = []
@@ -188,6 +248,7 @@ class LossGraph:
         heads: head parameters per present task; set by `partition`.
         used: per shared parameter, whether a present task's gradient reaches it; set by
             `rows_and_head_gradients`.
+        reached: the same for the targets that `rows_and_head_gradients` was given.
 
     Raises:
         ValueError: wrong shapes, no loss with a graph, or features without a graph.
@@ -208,6 +269,8 @@ class LossGraph:
         self.features = features
         self.shared: list[Tensor] = []
         self.heads: list[list[Tensor]] = []
+        self.reached: list[bool] = []
+        self._owners: dict[Node, int | None] | None = None
         if not self.edges:
             raise ValueError(
                 "expected at least one loss that depends on a parameter, got losses without a "
@@ -236,6 +299,19 @@ class LossGraph:
         assert self.shares is not None
         shares = torch.tensor([self.shares[k] for k in self.present], dtype=like.dtype)
         return upload(shares, like.device)
+
+    @property
+    def owners(self) -> dict[Node, int | None]:
+        """`owners_of` the present tasks' edges, as far as the features."""
+        if self._owners is None:
+            stop = None if self.features is None else self.features.grad_fn
+            self._owners = owners_of(self.edges, stop)
+        return self._owners
+
+    def _leaves(self) -> list[tuple[Tensor, int | None]]:
+        """Leaves among `owners`, and their owners."""
+        pairs = ((getattr(node, "variable", None), k) for node, k in self.owners.items())
+        return [(leaf, k) for leaf, k in pairs if leaf is not None]
 
     @property
     def present_values(self) -> Tensor:
@@ -289,32 +365,31 @@ class LossGraph:
         return [[p for p in heads[k] if p.requires_grad] for k in self.present]
 
     def _infer_heads(self) -> list[list[Tensor]]:
-        stop = None if self.features is None else self.features.grad_fn
         shared = {id(p) for p in self.shared}
-        leaves = {id(p): p for edge in self.edges for p in leaves_of(edge, stop)}
-        if self.features is not None and shared & leaves.keys():
+        leaves = self._leaves()
+        if self.features is not None and any(id(leaf) in shared for leaf, _ in leaves):
             raise ValueError(
                 "expected the losses to depend on the shared parameters through features alone, "
                 "got a shared parameter that a head uses as well; leave features out or move "
                 "that parameter out of shared"
             )
-        others = [p for key, p in leaves.items() if key not in shared]
-        return [others] * len(self.edges)
+        others = [(leaf, k) for leaf, k in leaves if id(leaf) not in shared]
+        return [
+            [leaf for leaf, owner in others if owner is None or owner == k]
+            for k in range(len(self.edges))
+        ]
 
     def _infer_shared(self) -> list[Tensor]:
         if self.features is not None:
             return leaves_of(get_gradient_edge(self.features))
-        users: dict[int, int] = {}
-        leaves: dict[int, Tensor] = {}
-        for edge in self.edges:
-            for leaf in leaves_of(edge):
-                users[id(leaf)] = users.get(id(leaf), 0) + 1
-                leaves[id(leaf)] = leaf
-        least = 1 if self.n_tasks == 1 else 2
-        return [leaf for key, leaf in leaves.items() if users[key] >= least]
+        return [leaf for leaf, owner in self._leaves() if owner is None or self.n_tasks == 1]
 
     def rows_and_head_gradients(
-        self, scale: Tensor | None = None, keep_graph: bool = False
+        self,
+        scale: Tensor | None = None,
+        keep_graph: bool = False,
+        targets: Sequence[Tensor | GradientEdge] | None = None,
+        scratch: Scratch | None = None,
     ) -> tuple[Tensor, list[list[Tensor | None]]]:
         """One backward pass per present task: its row, and the gradients of its head.
 
@@ -322,35 +397,49 @@ class LossGraph:
             scale: factor on every loss (AMP), 0-dimensional. Rows are divided by it again, head
                 gradients are not.
             keep_graph: whether the graph can be used again afterwards.
+            targets: what to differentiate by; by default the features, else the shared parameters.
+            scratch: where the rows' memory comes from; fresh memory by default.
 
         Returns:
-            Rows (n, P) over the shared parameters, or (n, numel) over the features, of the n
-            present tasks in one buffer; and per task a list of gradients beside `heads`.
+            Rows (n, P) over the shared parameters, (n, numel) over the features, or over the
+            targets side by side, of the n present tasks in one buffer; and per task a list of
+            gradients beside `heads`.
         """
-        targets = self.shared if self.features is None else [self.features]
-        sizes = [t.numel() for t in targets]
-        dtype = targets[0].dtype
-        for target in targets[1:]:
-            dtype = torch.promote_types(dtype, target.dtype)
-        rows = torch.empty(len(self.edges), sum(sizes), dtype=dtype, device=targets[0].device)
+        own = targets is None and self.features is None
+        keep_graph = keep_graph or self.features is not None
+        if targets is None:
+            targets = self.shared if self.features is None else [self.features]
+        shapes, dtypes, devices = zip(*map(form_of, targets), strict=True)
+        dtype = dtypes[0]
+        for other in dtypes[1:]:
+            dtype = torch.promote_types(dtype, other)
+        sizes = [shape.numel() for shape in shapes]
+        scratch = Scratch() if scratch is None else scratch
+        rows = scratch.rows(len(self.edges), sum(sizes), dtype, devices[0])
+        self.reached = [False] * len(targets)
         head_gradients: list[list[Tensor | None]] = []
         for i, (edge, head) in enumerate(zip(self.edges, self.heads, strict=True)):
-            last = i == len(self.edges) - 1 and self.features is None and not keep_graph
             gradients = torch.autograd.grad(
                 [edge],
-                [*targets, *head],
+                [*targets, *head],  # type: ignore[arg-type]  # tensors beside edges are fine
                 grad_outputs=None if scale is None else [scale.to(self.values.dtype)],
-                retain_graph=not last,
+                retain_graph=keep_graph or i < len(self.edges) - 1,
                 allow_unused=True,
             )
-            views = rows[i].split(sizes)
-            for j, (view, gradient) in enumerate(zip(views, gradients, strict=False)):
+            views, found = [], []
+            for j, (view, shape) in enumerate(zip(rows[i].split(sizes), shapes, strict=True)):
+                gradient = gradients[j]
                 if gradient is None:
                     view.zero_()
                 else:
-                    view.copy_(gradient.reshape(-1))
-                    self.used[j] = True
+                    views.append(view.view(shape))
+                    found.append(gradient)
+                    self.reached[j] = True
+            if found:
+                torch._foreach_copy_(views, found)
             head_gradients.append(list(gradients[len(targets) :]))
+        if own:
+            self.used = [a or b for a, b in zip(self.used, self.reached, strict=True)]
         if scale is not None:
             rows /= scale.to(rows.dtype)
         return rows, head_gradients
@@ -498,6 +587,9 @@ class View:
         gram: (n, n) in float64, computed from the rows when first asked for.
         tasks: indices of the present tasks among all `n_tasks` tasks.
         eps: relative rounding error that the entries of `gram` may carry.
+
+    Args:
+        dtype: of the gradients behind a Gram matrix that is given; float64 counts as exact.
     """
 
     def __init__(
@@ -508,6 +600,7 @@ class View:
         gram: Tensor | None = None,
         tasks: Sequence[int] | None = None,
         n_tasks: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         source = next(x for x in (rows, gram, losses) if x is not None)
         n = source.shape[0]
@@ -518,7 +611,8 @@ class View:
         self.n_tasks = n if n_tasks is None else n_tasks
         self.device = source.device
         # Float64 sums over P columns lose a few digits, hence the factor.
-        self.eps = 1e-14 if source.dtype == torch.float64 else torch.finfo(torch.float32).eps
+        exact = (source.dtype if dtype is None else dtype) == torch.float64
+        self.eps = 1e-14 if exact else torch.finfo(torch.float32).eps
 
     @property
     def index(self) -> Tensor:
@@ -573,12 +667,18 @@ class Info:
             None where a rule has no weights.
         gram: (n, n) float64 Gram matrix of the present tasks; None where none was computed.
         finite: 0-dimensional bool; False where the step was skipped.
+        path: what was computed: "losses", weights from losses and one backward pass; "features",
+            gradients by the features; "rows", the gradients of all tasks; "gram", their Gram matrix
+            with some layers' gradients left out (`mtl_tutorial.rowless`); "" for a schedule.
+        reason: why rows were computed where a Gram matrix would do; else "".
     """
 
     losses: Tensor
     weights: Tensor | None
     gram: Tensor | None
     finite: Tensor
+    path: str = ""
+    reason: str = ""
 
 
 class Method:
@@ -597,6 +697,9 @@ class Method:
         group: processes that train this model together, each on its part of the batch: a process
             group of `torch.distributed`; "auto" (default), the default group once it is
             initialised; or None, this process trains alone. See `mtl_tutorial.parallel`.
+        path: how the Gram matrix is computed, which decides the time and memory of a step but not
+            its outcome: "rows", from all tasks' gradients; "gram", without them wherever that is
+            possible, else from rows; "auto" (default), what is cheaper. `Info` tells what was done.
     """
 
     name: ClassVar[str] = ""
@@ -620,10 +723,12 @@ class Method:
             raise ValueError(f"expected head_gradients 'raw' or 'weighted', got {head_gradients!r}")
         self.head_gradients = head_gradients
         self.group: Any = "auto"
+        self.path = "auto"
         # Drawn on the host on every device, so that a seed means the same numbers everywhere.
         self._generator = None if seed is None else torch.Generator().manual_seed(seed)
         self._state: dict[str, Tensor] = {}
         self._shares: list[float] | None = None  # this rank's, of the last step
+        self._scratch = Scratch()
         self._pending: list[tuple[Tensor, torch.cuda.Event, list[int]]] = []
 
     def ranks(self) -> Ranks | None:
@@ -768,7 +873,13 @@ class Method:
             if self.sees == "losses":
                 return self._backward_losses(graph, shared, heads, scale)
             graph.partition(shared, heads)
-            return self._backward_rows(graph, scale)
+            layers, reason = self._layers(graph)
+            if layers:
+                return self._backward_gram(graph, layers, scale)
+            info = self._backward_rows(graph, scale)
+            info.path = "rows" if features is None else "features"
+            info.reason = reason
+            return info
 
     def _backward_losses(
         self,
@@ -802,19 +913,68 @@ class Method:
             self._keep(ok, before)
         return self._info(graph, weights, None, ok)
 
+    def _layers(self, graph: LossGraph) -> tuple[list[Layer], str]:
+        """Layers whose gradients need not be computed for each task, or why there are none."""
+        if self.path not in ("auto", "rows", "gram"):
+            raise ValueError(
+                f"{self.name}: expected path 'auto', 'rows' or 'gram', got {self.path!r}"
+            )
+        if graph.features is not None:
+            return [], ""
+        if self.path == "rows":
+            return [], "asked for"
+        if not self._needs_gram_alone:
+            return [], "the rule looks at the gradients themselves"
+        if graph.ranks is not None:
+            return [], "several processes: the products of their gradients would be missing"
+        if any(p.grad is not None for p in graph.shared):
+            return [], "gradients are accumulated: .grad of a shared parameter is there already"
+        try:
+            from . import rowless  # here, so that this file by itself needs torch alone
+        except ImportError:
+            return [], "rowless.py is not there"
+        return rowless.plan(graph, always=self.path == "gram")
+
+    @property
+    def _needs_gram_alone(self) -> bool:
+        """Whether the step is a combination of the rows with weights from their Gram matrix."""
+        return self.sees == "gram" and type(self)._combine is Method._combine
+
+    def _backward_gram(self, graph: LossGraph, layers: list[Layer], scale: Tensor | None) -> Info:
+        """Gram matrix with the rows of these layers left out, weights, then the weighted sum."""
+        from .rowless import Rowless
+
+        parts = Rowless(graph, layers, self._scratch, scale)
+        view = View(
+            losses=graph.present_values,
+            gram=parts.gram,
+            tasks=graph.present,
+            n_tasks=graph.n_tasks,
+            dtype=parts.rows.dtype,
+        )
+        weights, head_weights, ok = self._solve(view, masked=scale is not None)
+        assert weights is not None
+        gradients = parts.gradients(weights)
+        skip = ok if scale is None and ok.device.type != "cpu" else None
+        gradients = [None if g is None else _masked(g, ok, scale) for g in gradients]
+        add_gradient(graph.shared, gradients)
+        graph.add_heads(parts.head_gradients, head_weights, skip)
+        info = self._info(graph, weights, view.known_gram, ok)
+        info.path = "gram"
+        return info
+
     def _backward_rows(self, graph: LossGraph, scale: Tensor | None) -> Info:
         """One backward pass per task, then weights, then the weighted rows."""
-        rows, head_gradients = graph.average(*graph.rows_and_head_gradients(scale))
+        # What such a rule sees and keeps are K x K numbers: nobody holds on to the rows.
+        scratch = self._scratch if self._needs_gram_alone else None
+        rows, head_gradients = graph.rows_and_head_gradients(scale, scratch=scratch)
+        rows, head_gradients = graph.average(rows, head_gradients)
         losses = graph.present_values
         view = View(losses=losses, rows=rows, tasks=graph.present, n_tasks=graph.n_tasks)
         weights, head_weights, ok = self._solve(view, masked=scale is not None)
         direction = self._combine(weights, rows)
-        skip = None
-        if scale is not None:
-            direction = torch.where(ok, direction * scale.to(direction.dtype), torch.inf)
-        elif direction.device.type != "cpu":
-            direction, skip = torch.where(ok, direction, 0.0), ok
-        graph.add_shared(direction)
+        skip = ok if scale is None and ok.device.type != "cpu" else None
+        graph.add_shared(_masked(direction, ok, scale))
         graph.add_heads(head_gradients, head_weights, skip)
         return self._info(graph, weights, view.known_gram, ok)
 
@@ -895,7 +1055,10 @@ class Method:
             finite = finite & view.losses.isfinite()
         if view.rows is None:
             if view.known_gram is not None:
-                finite = finite & view.gram.isfinite().all(1)
+                # A bad task spoils its row and column; its own entry tells it from the others.
+                good = view.gram.diagonal().isfinite()
+                fine = view.gram.isfinite() | ~(good[:, None] & good)
+                finite = finite & good & fine.all(1)
         elif self.sees == "rows":
             finite = finite & torch.linalg.vector_norm(view.rows, torch.inf, dim=1).isfinite()
         elif self.sees == "gram":
@@ -974,6 +1137,13 @@ class Method:
             if not host.all():
                 self._pending.clear()
                 self._raise(host.tolist(), tasks, "an earlier step was skipped for it")
+
+
+def _masked(x: Tensor, ok: Tensor, scale: Tensor | None) -> Tensor:
+    """A gradient as it goes to ``.grad``: scaled, and blanked out where the step is skipped."""
+    if scale is not None:
+        return torch.where(ok, x * scale.to(x.dtype), torch.inf)
+    return x if x.device.type == "cpu" else torch.where(ok, x, 0.0)
 
 
 def split_closure_output(output: Any) -> tuple[Losses, Tensor | None]:
