@@ -6,6 +6,7 @@ and figures read files and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -29,19 +30,7 @@ REFERENCE = "equal"  # what every method is compared with, seed by seed
 GROUPED_BY = ("benchmark", "budget", "protocol", "noise", "remark")  # what one table has in common
 MOST_COLUMNS = 8  # numbers per method; beyond, tasks are averaged
 TABLE_FORMATS = ("text", "markdown", "csv", "latex", "json")
-_REQUIRED: dict[str, type] = {
-    "benchmark": str,
-    "budget": str,
-    "protocol": dict,
-    "label": str,
-    "seed": int,
-    "metrics": dict,
-    "finished": bool,
-    "history": list,
-}
-_PROTOCOL = ("epochs", "batch_size", "optimizer", "lr", "schedule", "report")
-
-
+LONGEST_NAME = 150  # bytes of a folder's name made from a label; file systems allow 255
 # ------------------------------------------------------------------------------- files
 
 
@@ -56,23 +45,43 @@ def identity(benchmark: str, budget: str, protocol: dict[str, Any], run: dict[st
 
 def result_path(root: Path, benchmark: str, budget: str, label: str, seed: int, key: str) -> Path:
     """Where a run's result file lies below the output folder."""
-    safe = "".join(c if c.isalnum() or c in "-_=.," else "-" for c in label)
-    return root / benchmark / budget / safe / f"seed{seed}-{key}.json"
+    folders = [_folder_name(benchmark, ":"), _folder_name(budget, ":"), _folder_name(label)]
+    return root.joinpath(*folders) / f"seed{seed}-{key}.json"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name in the same folder, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def _folder_name(text: str, more: str = "") -> str:
+    """A text as the name of one folder: no way up, nothing hidden, not too long for a disk."""
+    safe = "".join(c if c.isalnum() or c in f"-_=.,{more}" else "-" for c in text)
+    safe = f"-{safe[1:]}" if safe[:1] in ("", ".") else safe
+    if len(safe.encode()) > LONGEST_NAME:  # the file's name tells the runs apart
+        safe = safe.encode()[:LONGEST_NAME].decode(errors="ignore")
+    return safe
+
+
+def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
+    """Write a file, part behind part, under a temporary name in the same folder; then rename it.
+
+    Raises:
+        OSError: it cannot be written; what was at the path is there still.
+    """
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:LONGEST_NAME]}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.writelines(parts)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
+    except OSError as error:
+        raise OSError(
+            f"expected to write {path}, got: {error.strerror or error}; make room there or choose "
+            "another folder, and give the same command again"
+        ) from error
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
@@ -89,7 +98,7 @@ def read_result(path: Path) -> dict[str, Any]:
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         raise ValueError(
             f"expected a complete result file, got unreadable JSON in {path} ({error}); "
             "delete it and run the same command again"
@@ -108,13 +117,111 @@ def _complaint(result: Any) -> str:
     if not isinstance(result, dict):
         return f"JSON of another kind ({type(result).__name__})"
     if result.get("format") != FORMAT:
-        return f"format {result.get('format')}"
-    bad = [k for k, kind in _REQUIRED.items() if not isinstance(result.get(k), kind)]
+        return f"format {str(result.get('format'))[:20]}"
+    bad = [name for name, fits in _FIELDS.items() if not fits(result.get(name))]
     if not bad:
-        bad = [f"protocol.{k}" for k in _PROTOCOL if k not in result["protocol"]]
-    if not bad and result["finished"] and not isinstance(result.get("test"), dict):
+        protocol = result["protocol"]
+        bad = [f"protocol.{k}" for k, fits in _PROTOCOL.items() if not fits(protocol.get(k))]
+    if not bad and result["finished"] and not _is_scores(result.get("test")):
         bad = ["test"]
     return f"no valid {', '.join(bad)}" if bad else ""
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a terminal can print it: no line breaks, no control characters."""
+    return isinstance(value, str) and value.isprintable()
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number that sums and squares of do not overflow."""
+    return isinstance(value, int | float) and abs(value) < 1e60
+
+
+def _is_scores(value: Any) -> bool:
+    """Whether it maps tasks to metrics to numbers; null stands for not a number."""
+    return isinstance(value, dict) and all(
+        isinstance(metrics, dict) and all(map(_or_none(_is_number), metrics.values()))
+        for metrics in value.values()
+    )
+
+
+def _is_history(value: Any) -> bool:
+    """Whether it lists epochs with validation scores."""
+    numbers = _or_none(_list_of(_or_none(_is_number)))
+    return isinstance(value, list) and all(
+        isinstance(epoch, dict)
+        and _is_number(epoch.get("epoch"))
+        and _is_scores(epoch.get("val"))
+        and numbers(epoch.get("weights"))
+        and numbers(epoch.get("train_losses"))
+        and _or_none(_is_number)(epoch.get("cosine"))
+        for epoch in value
+    )
+
+
+def _is_metrics(value: Any) -> bool:
+    """Whether it maps tasks to metrics to true or false, and there is one."""
+    return (
+        isinstance(value, dict)
+        and all(isinstance(metrics, dict) and metrics for metrics in value.values())
+        and all(_is_text(name) for metrics in value.values() for name in metrics)
+        and all(isinstance(up, bool) for metrics in value.values() for up in metrics.values())
+        and bool(value)
+        and all(map(_is_text, value))
+    )
+
+
+def _is_facts(value: Any) -> bool:
+    """Whether it is a dict whose texts can be printed."""
+    return isinstance(value, dict) and all(
+        _is_text(fact) for fact in value.values() if not isinstance(fact, int | None)
+    )
+
+
+Check = Callable[[Any], bool]
+
+
+def _or_none(fits: Check) -> Check:
+    return lambda value: value is None or fits(value)
+
+
+def _list_of(fits: Check) -> Check:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
+
+
+def _is(kind: type) -> Check:
+    return lambda value: isinstance(value, kind)
+
+
+_FIELDS: dict[str, Check] = {
+    "benchmark": _is_text,
+    "budget": _is_text,
+    "protocol": _is(dict),
+    "label": _is_text,
+    "seed": _is_number,
+    "metrics": _is_metrics,
+    "finished": _is(bool),
+    "history": _is_history,
+    # what may be missing
+    "failed": _or_none(_is_text),
+    "noise": _or_none(_is_text),
+    "remark": _or_none(_is_text),
+    "lr": _or_none(_is_number),
+    "seconds_per_epoch": _or_none(_is_number),
+    "peak_memory_mb": _or_none(_is_number),
+    "device": _or_none(_is_facts),
+    "versions": _or_none(_is_facts),
+}
+_PROTOCOL: dict[str, Check] = {
+    "epochs": _is_number,
+    "batch_size": _is_number,
+    "optimizer": _is_text,
+    "lr": _is_number,
+    "schedule": _is_text,
+    "report": _is_text,
+    "note": _or_none(_is_text),
+    "examples": _or_none(_is_number),
+}
 
 
 def load_results(root: Path) -> tuple[list[dict[str, Any]], list[str]]:
