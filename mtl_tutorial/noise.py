@@ -6,8 +6,8 @@ The official code draws a fresh label at each access (`redraw`), so a network ca
 the usual protocol elsewhere draws once.
 
 Maps get noise in every pixel of a chosen image: classes uniform from -1 (none) to C - 1, depths
-from a standard normal distribution, normals with their z from one and renormalised. The released NYUv2
-program of ExcessMTL reads these settings and never hands them to its data set; here they are
+from a standard normal distribution, normals with their z from one and renormalised. The released
+NYUv2 program of ExcessMTL reads these settings and never hands them to its data set; here they are
 applied.
 """
 

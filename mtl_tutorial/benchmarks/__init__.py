@@ -18,6 +18,7 @@ from .multidigits import MultiDigits
 from .multimnist import MultiFashion, MultiFashionMNIST, MultiMNIST
 from .office_caltech10 import OfficeCaltech10
 from .office_images import Office31, OfficeHome
+from .rooms import Rooms
 from .school import School
 from .toy import Toy, toy_losses
 
@@ -52,6 +53,7 @@ CLASSES: dict[str, type[Benchmark]] = {
         OfficeHome,
         Office31,
         School,
+        Rooms,
     )
 }
 
