@@ -1,41 +1,23 @@
-"""Run one weighting of LibMTL on a toy, without the rest of LibMTL.
-
-``import LibMTL`` loads its architectures and trainer, which need modules that torchvision no longer
-has, and a graph library in newer copies. The weightings need none of them. So its two packages are
-put in place empty, with their folders as the search path, and each weighting's file is imported by
-itself.
-"""
+"""Run one weighting of LibMTL on a toy, without the rest of LibMTL."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from mtl_tutorial.speed.contenders import libmtl_class
+
 
 def weighting_class(name: str) -> type[nn.Module]:
     """A weighting of the installed LibMTL, for example "PCGrad"; skips the test without LibMTL."""
-    spec = importlib.util.find_spec("LibMTL") if "LibMTL" not in sys.modules else None
-    if "LibMTL" not in sys.modules:
-        if spec is None or not spec.submodule_search_locations:
-            pytest.skip("needs LibMTL; do: pip install -e '.[test]'")
-        for package in ("LibMTL", "LibMTL.weighting"):
-            module = ModuleType(package)
-            folder = Path(spec.submodule_search_locations[0], *package.split(".")[1:])
-            module.__path__ = [str(folder)]
-            sys.modules[package] = module
     try:
-        return getattr(importlib.import_module(f"LibMTL.weighting.{name}"), name)
+        return libmtl_class(name)
     except ImportError as error:
-        pytest.skip(f"this LibMTL cannot provide {name}: {error}")
+        pytest.skip(f"{error}; do: pip install -e '.[test]'")
 
 
 @dataclass
