@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from . import results
+from .noise import parse_noise
 
 SINGLE = (5.5, 3.4)  # inches
 PAIR = (7.6, 3.0)
@@ -179,6 +180,43 @@ def cosine_curves(runs: Runs) -> Figure:
     figure, axes = plt.subplots(figsize=SINGLE)
     axes.axhline(0, color="#7F7F7F", linewidth=0.8)
     _lines(axes, runs, lambda h: h.get("cosine"), "cosine of task gradients")
+    _legend(figure)
+    return figure
+
+
+def noise_curves(runs: Runs, task: str, metric: str) -> Figure:
+    """Score of the clean tasks and of the noisy one against the noise, one line per method.
+
+    Args:
+        runs: one benchmark and budget, without noise and with noise on `task`.
+        task: name of the noisy task.
+        metric: name of the score; the clean tasks' panel shows its mean over them.
+
+    Returns:
+        Two panels; a bar is the standard deviation over seeds. Methods that ran without noise
+        alone are left out.
+    """
+    scores: dict[str, dict[float, list[dict[str, Any]]]] = {}
+    for run in results.with_best_rates(runs):
+        if run["finished"]:
+            level = parse_noise(run["noise"]).fraction if run.get("noise") else 0.0
+            scores.setdefault(run["label"], {}).setdefault(level, []).append(run["test"])
+    clean = [name for name in runs[0]["metrics"] if name != task]
+    figure, panels = plt.subplots(1, 2, figsize=PAIR, sharex=True)
+    for axes, tasks in zip(panels, (clean, [task]), strict=True):
+        for label, levels in sorted(scores.items()):
+            if set(levels) == {0.0}:
+                continue
+            seeds = [
+                [np.mean([test[name][metric] for name in tasks]) for test in levels[level]]
+                for level in sorted(levels)
+            ]
+            bars = [np.std(s, ddof=1) if len(s) > 1 else 0.0 for s in seeds]
+            means = [np.mean(s) for s in seeds]
+            axes.errorbar(sorted(levels), means, yerr=bars, capsize=2, **style(label))
+        what = tasks[0] if len(tasks) == 1 else f"mean of {len(tasks)} clean tasks"
+        axes.set_ylabel(f"{what}: {metric}")
+        axes.set_xlabel(f"share of random labels on {task}")
     _legend(figure)
     return figure
 

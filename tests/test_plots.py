@@ -199,3 +199,32 @@ def test_nothing_finished_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="expected finished runs below"):
         plots.save_all(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_noise_curves_show_clean_and_noisy_task_with_seeds():
+    def noisy(label, level, scores):
+        noise = f"a:{level}" if level else None
+        metrics = {"a": {"acc": True}, "b": {"acc": True}, "c": {"acc": True}}
+        return [
+            run(label, seed, noise=noise, metrics=metrics)
+            | {"test": {"a": {"acc": low}, "b": {"acc": high}, "c": {"acc": high + 2}}}
+            for seed, (low, high) in enumerate(scores)
+        ]
+
+    runs = [
+        *noisy("equal", 0, [(80, 90), (82, 94)]),
+        *noisy("equal", 0.4, [(60, 85)]),
+        *noisy("mgda", 0, [(70, 70)]),  # never with noise: left out
+    ]
+    figure = plots.noise_curves(runs, "a", "acc")
+    clean, dirty = figure.axes
+    assert clean.get_ylabel() == "mean of 2 clean tasks: acc"
+    assert dirty.get_ylabel() == "a: acc"
+    (line,) = [c[0] for c in clean.containers]
+    assert line.get_xydata().tolist() == [[0, 93], [0.4, 86]]
+    (bars,) = clean.containers[0][2]
+    assert [abs(b - a) for (_, a), (_, b) in bars.get_segments()] == [
+        pytest.approx(2 * 8**0.5),
+        0,
+    ]
+    assert [c[0].get_xydata().tolist() for c in dirty.containers] == [[[0, 81], [0.4, 60]]]
