@@ -477,7 +477,7 @@ Pair = tuple[float, float]  # mean, standard deviation
 def columns(table: Table) -> list[tuple[str, bool, Callable[[Row], Pair]]]:
     """The numbers of a table: name, whether higher is better, and how to get it from a row.
 
-    With more than eight numbers per method, each metric is averaged over its tasks.
+    With more than eight numbers per method, each metric is averaged over the tasks that have it.
     """
 
     def of_task(task: str, metric: str) -> Callable[[Row], Pair]:
@@ -492,11 +492,13 @@ def columns(table: Table) -> list[tuple[str, bool, Callable[[Row], Pair]]]:
             for task, metrics in table.metrics.items()
             for metric, up in metrics.items()
         ]
-    k = len(table.metrics)
-    return [
-        (f"{metric}, mean of {k} tasks", up, of_all(metric))
-        for metric, up in _ups(table.metrics).items()
-    ]
+    shown = []
+    for metric, up in _ups(table.metrics).items():
+        tasks = [task for task, metrics in table.metrics.items() if metric in metrics]
+        alone = f"{tasks[0]} {metric}"
+        name = alone if len(tasks) == 1 else f"{metric}, mean of {len(tasks)} tasks"
+        shown.append((name, up, of_all(metric)))
+    return shown
 
 
 def cells(table: Table) -> tuple[list[str], list[list[str]]]:
