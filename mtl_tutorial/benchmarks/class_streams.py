@@ -185,7 +185,7 @@ class Cifar10Rotation(StreamBenchmark):
             batch_size=32,
             lr=3e-3,
             schedule="cosine",
-            rates=(1e-3, 3e-3, 1e-2),
+            rates=(3e-3, 1e-2),
             examples=800,
         ),
     }

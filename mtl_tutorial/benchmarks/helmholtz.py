@@ -106,7 +106,7 @@ class Helmholtz(Benchmark):
             lr=2e-3,
             schedule="cosine",
             note="2,500 steps",
-            rates=(7e-4, 2e-3, 6e-3),
+            rates=(2e-3, 6e-3),
         ),
     }
     tasks = (

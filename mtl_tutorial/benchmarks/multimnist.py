@@ -84,7 +84,7 @@ class MultiMNIST(Benchmark):
             batch_size=64,
             lr=3e-3,
             schedule="cosine",
-            rates=(1e-3, 3e-3, 1e-2),
+            rates=(3e-3, 1e-2),
             examples=6_000,
         ),
     }

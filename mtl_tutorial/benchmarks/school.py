@@ -78,9 +78,7 @@ class School(StreamBenchmark):
     embedded = False
     protocols: ClassVar[dict[str, Protocol]] = {
         "quick": Protocol(epochs=5, batch_size=16, lr=1e-3),
-        "full": Protocol(
-            epochs=10, batch_size=16, lr=3e-3, schedule="cosine", rates=(1e-3, 3e-3, 1e-2)
-        ),
+        "full": Protocol(epochs=10, batch_size=16, lr=3e-3, schedule="cosine", rates=(3e-3, 1e-2)),
     }
     tasks = tuple(Task(f"school {k + 1}", F.mse_loss, (MSE,)) for k in range(N_SCHOOLS))
 
