@@ -6,6 +6,7 @@ line on standard error and exit code 2; an interrupted sweep keeps what is done 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -76,7 +77,14 @@ def list_command(as_json: bool) -> None:
     "`single_task` is the baseline, `all` is everything.",
 )
 @click.option("--seeds", default=3, show_default=True, help="Number of seeds: 0 to N - 1.")
-@click.option("--budget", default="quick", show_default=True, help="quick or full.")
+@click.option(
+    "--budget",
+    "--protocol",
+    "budget",
+    default="quick",
+    show_default=True,
+    help="quick, full, or the name of a published protocol that the benchmark has.",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option(
     "--out",
@@ -92,6 +100,19 @@ def list_command(as_json: bool) -> None:
     help="Random labels on a fraction of one task's training examples, drawn anew every epoch, or "
     "once with `:fixed`.",
 )
+@click.option(
+    "--precision",
+    default="float32",
+    show_default=True,
+    help="float32, or bfloat16 or float16 for what autocast lowers.",
+)
+@click.option(
+    "--accumulate",
+    default=1,
+    show_default=True,
+    help="Pieces that each batch is computed in, for less memory.",
+)
+@click.option("--channels-last", is_flag=True, help="Convolutions in that memory layout.")
 @click.option("--threads", default=1, show_default=True, help="Torch's threads on the CPU.")
 @json_option
 def run(
@@ -102,6 +123,9 @@ def run(
     device: str,
     out: Path,
     noise: str | None,
+    precision: str,
+    accumulate: int,
+    channels_last: bool,
     threads: int,
     as_json: bool,
 ) -> None:
@@ -117,6 +141,10 @@ def run(
     bench = benches.create(benchmark)
     if budget not in bench.protocols:
         raise ValueError(f"expected budget {' or '.join(bench.protocols)}, got {budget!r}")
+    asked: dict[str, Any] = {"precision": precision, "accumulate": accumulate}
+    if channels_last:
+        asked["channels_last"] = True
+    protocol = dataclasses.replace(bench.protocols[budget], **asked)
     if seeds < 1:
         raise ValueError(f"expected --seeds of 1 or more, got {seeds}")
     if threads < 1:
@@ -132,7 +160,7 @@ def run(
     specs, left_out = training.fitting(training.parse_specs(methods), len(bench.tasks), methods)
     for why in left_out:
         click.echo(why, err=True)
-    grid = training.Grid(benchmark, budget, bench.protocols[budget], specs, seeds, noisy)
+    grid = training.Grid(benchmark, budget, protocol, specs, seeds, noisy)
     outcomes = _run_grid(grid, out, str(chosen), quiet=as_json)
     paths = sorted({str(o.cell.path(out)) for o in outcomes})
     if as_json:

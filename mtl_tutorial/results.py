@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from .metrics import Scores, delta_m, mean_rank
+from .metrics import Scores, delta_m, mean_rank, mean_scores
 
 FORMAT = 1
 BASELINE = "single_task"
@@ -282,7 +282,7 @@ def best_rate(runs: Sequence[dict[str, Any]]) -> float | None:
     tried = max(sorted(by_seed.items()), key=lambda item: len(item[1]))[1]
     tried.sort(key=_rate)
     higher = tried[0]["metrics"]
-    scores = [_mean_scores([run["history"][-1]["val"]], higher) for run in tried]
+    scores = [mean_scores([run["history"][-1]["val"]], higher) for run in tried]
     drops = [delta_m(score, scores[0], higher) for score in scores]
     finite = [math.inf if math.isnan(drop) else drop for drop in drops]
     return _rate(tried[finite.index(min(finite))])
@@ -356,9 +356,32 @@ class Table:
         note = f" ({p['note']})" if p.get("note") else ""
         return (
             f"{self.benchmark}{made_up}, budget {self.budget}: {p['epochs']} epochs{note}{few}, "
-            f"batch {p['batch_size']}, {p['optimizer']} {rate}, {p['schedule']}; test scores "
-            f"after the {p['report']} epoch; {'; '.join(self.devices)}; {'; '.join(self.versions)}"
+            f"batch {p['batch_size']}, {p['optimizer']} {rate}, {p['schedule']}"
+            f"{''.join(f', {text}' for text in _unusual(p))}; test scores {_reported(p)}; "
+            f"{'; '.join(self.devices)}; {'; '.join(self.versions)}"
         )
+
+
+def _reported(protocol: dict[str, Any]) -> str:
+    """Which test scores a table shows, in words."""
+    if protocol["report"] == "best":
+        return "after the epoch with the best validation scores"
+    n = protocol.get("average", 1)
+    return "after the last epoch" if n == 1 else f"averaged over the last {n} epochs"
+
+
+def _unusual(protocol: dict[str, Any]) -> list[str]:
+    """What a table says of network, precision and measures where they are not the usual ones."""
+    pieces = protocol.get("accumulate", 1)
+    said = [
+        protocol.get("network", ""),
+        protocol.get("precision", ""),
+        "channels last" if protocol.get("channels_last") else "",
+        f"batches in {pieces} pieces" if pieces > 1 else "",
+        "figures per batch as in the papers" if protocol.get("evaluation") == "papers" else "",
+        "Delta m over tasks" if protocol.get("delta_m") == "tasks" else "",
+    ]
+    return [text for text in said if text]
 
 
 def tables(results: Iterable[dict[str, Any]]) -> list[Table]:
@@ -379,21 +402,22 @@ def _table(every: list[dict[str, Any]]) -> Table:
     for result in results:
         labels.setdefault(result["label"], []).append(result)
     done = {k: [r for r in v if r["finished"] and r.get("test")] for k, v in labels.items()}
-    means = {k: _mean_scores([r["test"] for r in v], higher) for k, v in done.items() if v}
+    means = {k: mean_scores([r["test"] for r in v], higher) for k, v in done.items() if v}
     baseline = means.get(BASELINE) if first.get("baseline", True) else None
     reference = {r["seed"]: r["test"] for r in done.get(REFERENCE, [])}
     ranked = [k for k in means if k != BASELINE]
     ranks = dict(zip(ranked, mean_rank([means[k] for k in ranked], higher), strict=True))
+    by_task = first["protocol"].get("delta_m") == "tasks"
     rows = []
     for label, runs in labels.items():
         scores = {
             task: {m: _mean_std([_score(r["test"], task, m) for r in done[label]]) for m in ms}
             for task, ms in higher.items()
         }
-        tests = [_mean_scores([r["test"]], higher) for r in done[label]]  # null becomes NaN
-        drops = [delta_m(test, baseline, higher) for test in tests] if baseline else []
+        tests = [mean_scores([r["test"]], higher) for r in done[label]]  # null becomes NaN
+        drops = [delta_m(test, baseline, higher, by_task) for test in tests] if baseline else []
         pairs = [
-            delta_m(test, _mean_scores([reference[r["seed"]]], higher), higher)
+            delta_m(test, mean_scores([reference[r["seed"]]], higher), higher, by_task)
             for r, test in zip(done[label], tests, strict=True)
             if r["seed"] in reference and label != REFERENCE
         ]
@@ -437,15 +461,6 @@ def _versions(result: dict[str, Any]) -> str:
 def _score(scores: Scores, task: str, metric: str) -> float:
     value = scores.get(task, {}).get(metric)
     return math.nan if value is None else float(value)
-
-
-def _mean_scores(
-    runs: Sequence[Scores], higher: dict[str, dict[str, bool]]
-) -> dict[str, dict[str, float]]:
-    return {
-        task: {m: float(np.mean([_score(r, task, m) for r in runs])) for m in metrics}
-        for task, metrics in higher.items()
-    }
 
 
 def _averages(
