@@ -10,7 +10,7 @@ import ast
 import contextlib
 import datetime
 import inspect
-import io
+import math
 import platform
 import subprocess
 import sys
@@ -26,13 +26,14 @@ import torchvision
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from . import __version__, benchmarks, diagnostics, methods, metrics, results, savings
+from . import __version__, benchmarks, checkpoints, diagnostics, methods, metrics, results, savings
 from .benchmarks import Benchmark, Protocol
 from .gradients import Method, gram_matrix, task_gradients
 from .models import count_parameters
 from .noise import LabelNoise
 
 LEVELS = ("parameter", "feature")
+CHECKPOINT_SECONDS = 60.0  # at most so much work is done twice after a kill
 
 
 # ------------------------------------------------------------------------------- what to run
@@ -201,7 +202,7 @@ Progress = Callable[[int, int], None]  # epochs done, epochs in all
 
 
 class Run:
-    """The state of one run between epochs; everything that a checkpoint holds."""
+    """The state of one run between two steps; everything that a checkpoint holds."""
 
     def __init__(self, cell: Cell, benchmark: Benchmark) -> None:
         self.cell = cell
@@ -219,39 +220,58 @@ class Run:
         self.scaler = savings.make_scaler(cell.protocol.precision, benchmark.device)
         self.order = torch.Generator().manual_seed(cell.seed)
         self.epoch = 0
+        self.batch = 0  # of this epoch, batches trained on
+        self.drawn = self.order.get_state()  # when this epoch began
+        self.means = {"train_losses": Mean(), "weights": Mean()}  # over this epoch's batches
         self.seconds = 0.0
         self.history: list[dict[str, Any]] = []
         self.reported: list[metrics.Scores] = []  # test scores, after the epochs that count
         self.best: float | None = None  # validation score of the epoch that counts
 
-    def epoch_of_training(self) -> None:
-        """Train one epoch, evaluate on validation data, append to the history.
+    def epoch_of_training(
+        self, save: Callable[[], None] | None = None, every: float = math.inf
+    ) -> None:
+        """Train the epoch to its end, evaluate on validation data, append to the history.
 
         After an epoch that the protocol reports, test data are evaluated as well.
+
+        Args:
+            save: called between two batches to keep `state_dict`.
+            every: seconds between two such calls.
         """
         protocol = self.cell.protocol
         for group in self.optimizer.param_groups:
             group["lr"] = self.cell.rate * protocol.lr_factor(self.epoch)
-        start = time.perf_counter()
-        losses, weights = Mean(), Mean()
+        start = saved = time.perf_counter()
         self.model.train()
         source, noise = self.benchmark, self.cell.noise
         if noise is not None:
             source = source.with_noise(noise, self.cell.seed, self.epoch)
-        for batch in source.batches(protocol, self.order):
+        rng = torch.get_rng_state()
+        batches = source.batches(protocol, self.order)
+        for _ in range(self.batch):  # drawn again, so that the others are what they were
+            next(batches)
+        torch.set_rng_state(rng)
+        for batch in batches:
             info = self.step(batch)
-            losses.add(info.losses)
-            weights.add(info.weights)
+            self.means["train_losses"].add(info.losses)
+            self.means["weights"].add(info.weights)
+            self.batch += 1
+            if save is not None and time.perf_counter() - saved >= every:
+                self.seconds += time.perf_counter() - start
+                save()
+                start = saved = time.perf_counter()
         self.method.next_epoch()
-        train_losses, mean_weights = losses.value(), weights.value()  # waits for the device
+        means = {name: mean.value() for name, mean in self.means.items()}  # waits for the device
         self.seconds += time.perf_counter() - start
         self.epoch += 1
+        self.batch, self.drawn = 0, self.order.get_state()
+        self.means = {name: Mean() for name in self.means}
         self.history.append(
             {
                 "epoch": self.epoch,
                 "seconds": self.seconds,
-                "train_losses": train_losses,
-                "weights": mean_weights,
+                **means,
                 **self.probe(),
                 "val": self.benchmark.evaluate(self.model, "val", protocol.examples),
             }
@@ -329,12 +349,14 @@ class Run:
     # Checkpoints ----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next epoch depends on."""
+        """Everything that the next step depends on."""
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "method": self.method.state_dict(),
-            "order": self.order.get_state(),
+            "order": self.drawn,
+            "batch": self.batch,
+            "means": {name: [mean.total, mean.count] for name, mean in self.means.items()},
             "rng": torch.get_rng_state(),
             "epoch": self.epoch,
             "seconds": self.seconds,
@@ -344,8 +366,8 @@ class Run:
         }
         if self.scaler is not None:
             state["scaler"] = self.scaler.state_dict()
-        if torch.cuda.is_available():
-            state["rng_cuda"] = torch.cuda.get_rng_state_all()
+        if self.benchmark.device.type == "cuda":
+            state["rng_cuda"] = torch.cuda.get_rng_state(self.benchmark.device)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -353,10 +375,14 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.method.load_state_dict(state["method"])
-        self.order.set_state(state["order"])
+        self.drawn = state["order"]
+        self.order.set_state(self.drawn)
+        self.batch = state["batch"]
+        for name, (total, count) in state["means"].items():
+            self.means[name].total, self.means[name].count = total, count
         torch.set_rng_state(state["rng"])
-        if "rng_cuda" in state and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["rng_cuda"])
+        if "rng_cuda" in state and self.benchmark.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng_cuda"], self.benchmark.device)
         self.epoch, self.seconds = state["epoch"], state["seconds"]
         self.history = state["history"]
         self.reported, self.best = state.get("reported", []), state.get("best")
@@ -386,48 +412,88 @@ def train(
     benchmark: Benchmark,
     root: Path,
     progress: Progress | None = None,
+    every: float = CHECKPOINT_SECONDS,
 ) -> dict[str, Any]:
     """Run one cell to its end and write its result file.
 
-    Goes on from the cell's checkpoint where there is one; a checkpoint that cannot be read is
-    thrown away and the run starts anew. A non-finite loss or gradient ends the run: the result
-    says so, and a later sweep tries again.
+    Goes on from the cell's checkpoint where there is one, or from the one before where the newest
+    is unusable, and says so. A non-finite loss or gradient, or too little memory, ends the run: the
+    result says so, and a later sweep tries again; after a lack of memory from the last checkpoint.
 
     Args:
         cell: what to run.
         benchmark: prepared under the cell's protocol, its data on the device.
         root: output folder.
         progress: called after every epoch.
+        every: seconds between checkpoints within an epoch; there is one after each epoch anyway.
 
     Returns:
         The result, as written.
+
+    Raises:
+        OSError: a checkpoint or the result cannot be written.
+        MemoryError: not even the network fits into memory.
     """
     path = cell.path(root)
-    checkpoint = path.with_suffix(".ckpt")
-    run = Run(cell, benchmark)
-    if checkpoint.exists():
-        try:
-            run.load_state_dict(torch.load(checkpoint, weights_only=True))
-        except Exception as error:
-            why = " ".join(str(error).split())[:200]
-            _tell(f"checkpoint {checkpoint} unreadable ({why}); starting this run anew")
-            run = Run(cell, benchmark)
-    failed = None
+    checkpoint = checkpoints.files(path)[0]
+    try:
+        run = resumed(cell, benchmark, path)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise MemoryError(_one_line(error)) from None
+
+    def save() -> None:
+        checkpoints.write(checkpoint, run.state_dict())
+
+    failed, keep = None, False
     try:
         while run.epoch < cell.protocol.epochs:
-            run.epoch_of_training()
+            run.epoch_of_training(save, every)
             if run.epoch < cell.protocol.epochs:
-                buffer = io.BytesIO()
-                torch.save(run.state_dict(), buffer)
-                results.write_atomically(checkpoint, buffer.getvalue())
+                save()
             if progress is not None:
                 progress(run.epoch, cell.protocol.epochs)
     except FloatingPointError as error:
-        failed = f"epoch {run.epoch + 1}: {error}"
+        failed = f"epoch {run.epoch + 1}: {_one_line(error)}"
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        failed, keep = f"epoch {run.epoch + 1}: out of memory: {_one_line(error)}", True
     result = describe(run, failed)
     results.write_result(path, result)
-    checkpoint.unlink(missing_ok=True)
+    if not keep:
+        checkpoints.remove(path)
     return result
+
+
+def resumed(cell: Cell, benchmark: Benchmark, path: Path) -> Run:
+    """The run as its last usable checkpoint beside a result file has it; else a new one."""
+    files = [file for file in checkpoints.files(path) if file.exists()]
+    for file in files:
+        run = Run(cell, benchmark)
+        try:
+            run.load_state_dict(checkpoints.read(file, benchmark.device))
+        except Exception as error:  # of another version, or made up: nothing of it is used
+            if out_of_memory(error):
+                raise
+            then = "starting this run anew" if file == files[-1] else "trying the one before it"
+            _tell(f"checkpoint {file} unreadable ({_one_line(error)}); {then}")
+            continue
+        return run
+    return Run(cell, benchmark)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the host or the device has too little memory."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    """What an exception says, short enough for a table."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _tell(message: str) -> None:
@@ -525,10 +591,11 @@ class Grid:
         chosen: dict[str, float] = {}
         for spec in self.specs:
             for cell in self.trials(spec):
-                with FileLock(lock_path(cell, root)):  # until nobody else is running it
-                    pass
-                if not cell.path(root).exists():  # who ran it has died
-                    yield cell
+                if finished(cell.path(root)) is None:
+                    with claim(cell, root, patient=True):  # until nobody else is running it
+                        died = not cell.path(root).exists()
+                    if died:
+                        yield cell
             chosen[spec.label] = self.choose(spec, root)
             yield self.cell(spec, 1, chosen[spec.label])
         for seed in range(2, self.seeds):
@@ -552,44 +619,101 @@ def lock_path(cell: Cell, root: Path) -> Path:
     return lock
 
 
+@contextlib.contextmanager
+def claim(cell: Cell, root: Path, patient: bool = False) -> Iterator[None]:
+    """Hold a cell: a lock on a file, which the system releases when this process dies.
+
+    Args:
+        cell: what nobody else shall run.
+        root: output folder.
+        patient: wait for whoever holds it.
+
+    Raises:
+        Timeout: another process holds it.
+        OSError: the folder cannot be written to, or its file system knows no locks.
+    """
+    try:
+        lock = FileLock(lock_path(cell, root), timeout=-1 if patient else 0)
+        lock.acquire()
+    except Timeout:
+        raise
+    except (OSError, NotImplementedError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise OSError(
+            f"expected to claim a run in {root}, got: {why}; choose another folder for --out"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def sweep(
     cells: Iterable[Cell],
     root: Path,
     device: torch.device,
     progress: Callable[[Cell, int, int], None] | None = None,
+    patient: bool = False,
+    every: float = CHECKPOINT_SECONDS,
 ) -> Iterator[Outcome]:
     """Run the cells that are not done, one after the other.
 
-    A finished result is kept. A cell that another process is running is skipped: each cell is
-    claimed by a file lock, which the system releases when its process dies.
+    A finished result is kept. A cell that another process is running is left to it (`claim`). A run
+    that lacks memory or meets a loss that is not finite has failed; the next one follows.
 
     Args:
         cells: what to run.
         root: output folder.
         device: where to train.
         progress: called with the cell and its epochs done and in all.
+        patient: at the end, wait for the cells of other processes, and run those whose process has
+            died.
+        every: see `train`.
 
     Yields:
-        An outcome per cell, in order.
+        An outcome per cell, in order; with `patient`, those of other processes come last.
     """
     prepared: dict[tuple[str, Protocol], Benchmark] = {}
-    for cell in cells:
+
+    def attempt(cell: Cell, wait: bool) -> Outcome:
         path = cell.path(root)
+        done = finished(path)
+        if done is not None:
+            with contextlib.suppress(OSError):  # left by a process that died as it ended
+                checkpoints.remove(path)
+            return Outcome(cell, "kept", done)
+        with claim(cell, root, wait):
+            done = finished(path)  # by whoever held the cell until now
+            if done is not None:
+                return Outcome(cell, "kept", done)
+            set_broken_aside(path)
+            which = (cell.benchmark, cell.protocol)
+            if which not in prepared:
+                bench = benchmarks.create(cell.benchmark).under(cell.protocol)
+                prepared[which] = bench.prepare(device)
+            report = None if progress is None else _bind(progress, cell)
+            result = train(cell, prepared[which], root, report, every)
+            return Outcome(cell, "failed" if result["failed"] else "done", result)
+
+    def ended(cell: Cell, wait: bool) -> Outcome:
         try:
-            with FileLock(lock_path(cell, root), timeout=0):
-                done = finished(path)
-                if done is not None:
-                    yield Outcome(cell, "kept", done)
-                    continue
-                which = (cell.benchmark, cell.protocol)
-                if which not in prepared:
-                    bench = benchmarks.create(cell.benchmark).under(cell.protocol)
-                    prepared[which] = bench.prepare(device)
-                report = None if progress is None else _bind(progress, cell)
-                result = train(cell, prepared[which], root, report)
-                yield Outcome(cell, "failed" if result["failed"] else "done", result)
+            return attempt(cell, wait)
         except Timeout:
-            yield Outcome(cell, "elsewhere")
+            return Outcome(cell, "elsewhere")
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            return Outcome(cell, "failed", {"failed": f"out of memory: {_one_line(error)}"})
+
+    left = []
+    for cell in cells:
+        outcome = ended(cell, wait=False)
+        if patient and outcome.status == "elsewhere":
+            left.append(cell)
+        else:
+            yield outcome
+    for cell in left:
+        yield ended(cell, wait=True)
 
 
 def _bind(progress: Callable[[Cell, int, int], None], cell: Cell) -> Progress:
@@ -597,17 +721,27 @@ def _bind(progress: Callable[[Cell, int, int], None], cell: Cell) -> Progress:
 
 
 def finished(path: Path) -> dict[str, Any] | None:
-    """The result at a path if it is there, complete and finished; a broken file is moved aside."""
-    if not path.exists():
-        return None
+    """The result at a path if it is there, complete and finished."""
     try:
         result = results.read_result(path)
-    except ValueError as error:
-        aside = path.with_suffix(".broken")
-        path.replace(aside)
-        _tell(f"{error}; it was moved to {aside.name}, and the run counts as not done")
+    except (ValueError, FileNotFoundError):
         return None
     return result if result["finished"] else None
+
+
+def set_broken_aside(path: Path) -> None:
+    """Rename a result file that is none, so that the run can be done again; nothing is deleted."""
+    try:
+        results.read_result(path)
+    except FileNotFoundError:
+        return
+    except ValueError as error:
+        aside, n = path.with_suffix(".broken"), 1
+        while aside.exists():
+            n += 1
+            aside = path.with_suffix(f".broken{n}")
+        path.replace(aside)
+        _tell(f"{error}; it was moved to {aside.name}, and the run counts as not done")
 
 
 # ------------------------------------------------------------------------------- provenance
