@@ -5,21 +5,27 @@ Usage::
     python book/result_tables.py            # write the page
     python book/result_tables.py --check    # exit 1 if the page is not what would be written
 
-The page is made from the result files below ``book/results`` and nothing else.
+The page is made from the result files below ``book/results``, from the figures that papers print,
+in ``book/published.toml``, and from nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
+
+from tabulate import tabulate
 
 from mtl_tutorial import benchmarks, results
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "book" / "results.md"
 STORE = ROOT / "book" / "results"
+PUBLISHED = ROOT / "book" / "published.toml"
 
 INTRODUCTION = """\
 # Results
@@ -37,17 +43,77 @@ keeps a copy of the parameters per task: its row scores the centre of the copies
 """
 
 
+PUBLISHED_INTRODUCTION = """\
+## Published figures
+
+What papers print for data sets that this repository cannot hold. **None of these figures was
+obtained here**; each row names the paper and, where it is known, the table. The last column is for
+the $\\Delta m$ of a run of this package: it is blank until somebody has run the command below the
+table with the data at hand and put the files where the command writes them, and then a full table
+of the run stands above. Two papers' rows of one method can lie far apart: see Aligned-MTL on NYUv2.
+"""
+
+
+def options(protocol: dict[str, Any]) -> str:
+    """What the command line must say of a protocol that its name does not."""
+    said = ""
+    if protocol.get("precision", "float32") != "float32":
+        said += f" --precision {protocol['precision']}"
+    if protocol.get("accumulate", 1) > 1:
+        said += f" --accumulate {protocol['accumulate']}"
+    return said + (" --channels-last" if protocol.get("channels_last") else "")
+
+
+def run_command(what: str, labels: list[str], seeds: int, how: str) -> str:
+    """The command that trains methods on a benchmark, on several lines."""
+    lines = ["methods=" + ",".join(labels[:4])]
+    rest = range(4, len(labels), 4)
+    lines += ["methods=$methods," + ",".join(labels[i : i + 4]) for i in rest]
+    lines.append(f"mtl-tutorial run {what} --methods $methods --seeds {seeds} \\")
+    lines.append(f"    {how} --out book/results")
+    return "\n".join(lines)
+
+
 def command(table: results.Table) -> str:
     """The command that repeats a table, on several lines."""
     labels = [row.label for row in table.rows]
     seeds = 1 + max((seed for row in table.rows for seed in row.seeds), default=0)
-    lines = ["methods=" + ",".join(labels[:4])]
-    rest = range(4, len(labels), 4)
-    lines += ["methods=$methods," + ",".join(labels[i : i + 4]) for i in rest]
     noise = f" --noise {table.noise}" if table.noise else ""
-    lines.append(f"mtl-tutorial run {table.benchmark} --methods $methods --seeds {seeds} \\")
-    lines.append(f"    --budget {table.budget}{noise} --out book/results")
-    return "\n".join(lines)
+    how = f"--budget {table.budget}{noise}{options(table.protocol)}"
+    return run_command(table.benchmark, labels, seeds, how)
+
+
+def published(tables: list[results.Table]) -> str:
+    """The figures that papers print, beside Delta m of the tables where there is one."""
+    parts = [PUBLISHED_INTRODUCTION]
+    text = PUBLISHED.read_text(encoding="utf-8")
+    for known in tomllib.loads(text, parse_float=str)["table"]:  # 57.20 stays 57.20
+        which = (known["benchmark"], known["protocol"])
+        ours = {
+            row.label: f"{row.delta_m[0]:.2f}"
+            for table in tables
+            if (table.benchmark, table.budget) == which
+            for row in table.rows
+            if not math.isnan(row.delta_m[0])
+        }
+        body = tabulate(
+            [
+                [name, source, *values, ours.get(label, "")]
+                for name, label, source, *values in known["rows"]
+            ],
+            headers=["method", "printed in", *known["columns"], "Delta m here"],
+            tablefmt="github",
+            disable_numparse=True,
+        )
+        labels = list(dict.fromkeys(label for _, label, *_ in known["rows"] if label))
+        part = f"### {known['title']}\n\n{body}\n"
+        if known["notes"]:
+            part += "\n" + " ".join(known["notes"]) + "\n"
+        if known["protocol"]:
+            how = run_command(which[0], labels, 3, f"--protocol {which[1]}")
+            part += f"\n```bash\n{how}\n```\n"
+        parts.append(part)
+    return "\n".join(parts)
 
 
 def section(table: results.Table, runs: list[dict[str, Any]]) -> str:
@@ -73,11 +139,9 @@ def page() -> str:
     found, complaints = results.load_results(STORE)
     if complaints:
         raise ValueError("; ".join(complaints))
-    parts = [
-        section(table, [run for run in found if table.holds(run)])
-        for table in results.tables(found)
-    ]
-    return "\n".join([INTRODUCTION, *parts])
+    tables = results.tables(found)
+    parts = [section(table, [run for run in found if table.holds(run)]) for table in tables]
+    return "\n".join([INTRODUCTION, *parts, published(tables)])
 
 
 def main(arguments: list[str] | None = None) -> int:
