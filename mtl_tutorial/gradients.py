@@ -103,6 +103,11 @@ def upload(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True)
 
 
+def on_host(device: torch.device) -> bool:
+    """Whether values on this device can be read without waiting for what it still has to do."""
+    return device.type == "cpu"
+
+
 def add_gradient(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
     """Add gradients to ``.grad``, as ``backward`` does: parameters without one are left alone."""
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -871,7 +876,9 @@ class Method:
         scale = None if scaler is None else scaler.scale(torch.ones((), device=graph.values.device))
         with torch.no_grad(), torch.autocast(graph.values.device.type, enabled=False):
             if self.sees == "losses":
-                return self._backward_losses(graph, shared, heads, scale)
+                info = self._backward_losses(graph, shared, heads, scale)
+                info.path = "losses"
+                return info
             graph.partition(shared, heads)
             layers, reason = self._layers(graph)
             if layers:
@@ -952,10 +959,11 @@ class Method:
             n_tasks=graph.n_tasks,
             dtype=parts.rows.dtype,
         )
-        weights, head_weights, ok = self._solve(view, masked=scale is not None)
+        also = None if scale is None else _all_finite(parts.head_gradients)
+        weights, head_weights, ok = self._solve(view, masked=scale is not None, also=also)
         assert weights is not None
         gradients = parts.gradients(weights)
-        skip = ok if scale is None and ok.device.type != "cpu" else None
+        skip = ok if scale is None and not on_host(ok.device) else None
         gradients = [None if g is None else _masked(g, ok, scale) for g in gradients]
         add_gradient(graph.shared, gradients)
         graph.add_heads(parts.head_gradients, head_weights, skip)
@@ -971,11 +979,17 @@ class Method:
         rows, head_gradients = graph.average(rows, head_gradients)
         losses = graph.present_values
         view = View(losses=losses, rows=rows, tasks=graph.present, n_tasks=graph.n_tasks)
-        weights, head_weights, ok = self._solve(view, masked=scale is not None)
+        before = None if scale is None or graph.features is None else self._snapshot(view)
+        also = None if scale is None else _all_finite(head_gradients)
+        weights, head_weights, ok = self._solve(view, masked=scale is not None, also=also)
         direction = self._combine(weights, rows)
-        skip = ok if scale is None and ok.device.type != "cpu" else None
+        skip = ok if scale is None and not on_host(ok.device) else None
         graph.add_shared(_masked(direction, ok, scale))
         graph.add_heads(head_gradients, head_weights, skip)
+        if before is not None:
+            # The trunk's own pass comes after the rule, and may overflow by itself.
+            ok = ok & graph.gradients_finite()
+            self._keep(ok, before)
         return self._info(graph, weights, view.known_gram, ok)
 
     def step(
@@ -1043,12 +1057,12 @@ class Method:
     # How a rule is run safely ---------------------------------------------------------------
 
     def _solve(
-        self, view: View, masked: bool = False
+        self, view: View, masked: bool = False, also: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Run the rule: weights (n,), head weights, and whether all input was finite.
 
         On an accelerator, and under a gradient scaler (`masked`), a bad step is blanked out by
-        masks in place of an exception.
+        masks in place of an exception. `also`, 0-dimensional bool: what must hold beside that.
         """
         finite = torch.ones(len(view.tasks), dtype=torch.bool, device=view.device)
         if view.has_losses:
@@ -1063,8 +1077,8 @@ class Method:
             finite = finite & torch.linalg.vector_norm(view.rows, torch.inf, dim=1).isfinite()
         elif self.sees == "gram":
             finite = finite & view.gram.diagonal().isfinite()
-        ok = finite.all()
-        if view.device.type == "cpu":
+        ok = finite.all() if also is None else finite.all() & also
+        if on_host(view.device):
             if not masked and not ok:
                 self._raise(finite.tolist(), view.tasks, "this step was not taken")
             blank = not ok
@@ -1098,7 +1112,7 @@ class Method:
         """
         state, drawn = before
         self._state = {k: torch.where(ok, v, state[k]) for k, v in self._state.items()}
-        if self._generator is not None and drawn is not None and ok.device.type == "cpu" and not ok:
+        if self._generator is not None and drawn is not None and on_host(ok.device) and not ok:
             self._generator.set_state(drawn)
 
     def _info(
@@ -1139,11 +1153,17 @@ class Method:
                 self._raise(host.tolist(), tasks, "an earlier step was skipped for it")
 
 
+def _all_finite(head_gradients: list[list[Tensor | None]]) -> Tensor:
+    """Whether no head's gradient overflowed, 0-dimensional bool: a scaler skips for these too."""
+    found = [g for gradients in head_gradients for g in gradients if g is not None]
+    return torch.nn.utils.get_total_norm(found, torch.inf).isfinite()
+
+
 def _masked(x: Tensor, ok: Tensor, scale: Tensor | None) -> Tensor:
     """A gradient as it goes to ``.grad``: scaled, and blanked out where the step is skipped."""
     if scale is not None:
         return torch.where(ok, x * scale.to(x.dtype), torch.inf)
-    return x if x.device.type == "cpu" else torch.where(ok, x, 0.0)
+    return x if on_host(x.device) else torch.where(ok, x, 0.0)
 
 
 def split_closure_output(output: Any) -> tuple[Losses, Tensor | None]:

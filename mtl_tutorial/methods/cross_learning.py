@@ -380,7 +380,9 @@ class _Pass:
         rows, head_gradients = graph.average(*graph.rows_and_head_gradients(scale))
         self.row, self.used = rows[0], list(graph.used)
         self.head, self.head_gradients = graph.heads[0], head_gradients[0]
-        self.finite = self.loss.isfinite() & self.row.isfinite().all()
+        found = [self.row, *(g for g in self.head_gradients if g is not None)]
+        norm = torch.nn.utils.get_total_norm(found, torch.inf)
+        self.finite = self.loss.isfinite() & norm.isfinite()
 
 
 def _times(gradients: list[Tensor | None], factor: Tensor | None) -> list[Tensor | None]:
