@@ -1,7 +1,8 @@
 """Image benchmarks with a stream per task: CIFAR-10 under rotations, CIFAR-10 and MNIST in parts.
 
 * `cifar10_rotation`: each task names the ten classes, under its own rotation of 0, 90, 180 or 270
-  degrees. All tasks see the same photographs, in their own order.
+  degrees. All tasks train on the same photographs, in their own order; each test photograph is
+  asked about once, by one of the tasks in turn.
 * `cifar10_partial`, `mnist_partial`: task k sees its own C = 2 classes (10 / C tasks) and tells
   them apart; `cifar10_partial5` and `mnist_partial5` with C = 5.
 
@@ -207,10 +208,14 @@ class Cifar10Rotation(StreamBenchmark):
         return with_validation(splits["train"], splits["test"])
 
     def load_streams(self) -> dict[str, list[Data]]:
-        return {
-            split: [Data(rotate(pixels, d), (labels,)) for d in ROTATIONS]
-            for split, (pixels, labels) in self.images().items()
-        }
+        streams: dict[str, list[Data]] = {}
+        for split, (pixels, labels) in self.images().items():
+            step = len(ROTATIONS) if split == "test" else 1
+            streams[split] = [
+                Data(rotate(pixels[k % step :: step], d), (labels[k % step :: step],))
+                for k, d in enumerate(ROTATIONS)
+            ]
+        return streams
 
     def build(self) -> HardSharing:
         return small_resnet(3, (10,) * len(ROTATIONS))
