@@ -7,6 +7,7 @@ line on standard error and exit code 2; an interrupted sweep keeps what is done 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 import sys
@@ -131,9 +132,12 @@ def run(
 ) -> None:
     """Train methods on BENCHMARK.
 
-    Finished runs are kept and an interrupted one goes on from its last epoch, so the same command
-    can be given again at any time.
+    Finished runs are kept and an interrupted one goes on from its last checkpoint, so the same
+    command can be given again at any time. Several processes on one --out share the runs; so do
+    those of `torchrun -m mtl_tutorial run ...`, one GPU each.
     """
+    import torch
+
     from . import benchmarks as benches
     from . import results, training
     from .noise import parse_noise
@@ -154,14 +158,20 @@ def run(
         bench.noisy_task(noisy)
     chosen = training.pick_device(device)
     if chosen.type == "cpu":
-        import torch
-
         torch.set_num_threads(threads)
+    elif chosen.index is not None:
+        torch.cuda.set_device(chosen)
     specs, left_out = training.fitting(training.parse_specs(methods), len(bench.tasks), methods)
-    for why in left_out:
+    rank, _ = training.launched()
+    for why in left_out if rank == 0 else []:
         click.echo(why, err=True)
     grid = training.Grid(benchmark, budget, protocol, specs, seeds, noisy)
     outcomes = _run_grid(grid, out, str(chosen), quiet=as_json)
+    if rank > 0:
+        if not as_json:
+            done = sum(outcome.status == "done" for outcome in outcomes)
+            click.echo(f"rank {rank}: {done} of {len(grid)} runs were done here")
+        return
     paths = sorted({str(o.cell.path(out)) for o in outcomes})
     if as_json:
         click.echo(json.dumps({"results": paths, "out": str(out)}))
@@ -341,12 +351,20 @@ def _run_grid(grid: Grid, out: Path, device: str, quiet: bool) -> list[Outcome]:
     from . import training
 
     chosen = torch.device(device)
-    cells = grid.cells(out)
+    rank, ranks = training.launched()
+    patient = ranks > 1 and rank == 0  # it prints the table of what all ranks did
+    runs = functools.partial(training.sweep, grid.cells(out), out, chosen, patient=patient)
     if quiet:
-        return list(training.sweep(cells, out, chosen))
+        return list(runs())
     outcomes: list[Outcome] = []
+    if ranks > 1:
+        for outcome in runs():
+            outcomes.append(outcome)
+            if outcome.status in ("done", "failed"):  # the others' runs are told by them
+                click.echo(f"rank {rank}: {_sentence(outcome)}")
+        return outcomes
     if not sys.stderr.isatty():
-        for outcome in training.sweep(cells, out, chosen):
+        for outcome in runs():
             outcomes.append(outcome)
             click.echo(f"[{len(outcomes)}/{len(grid)}] {_sentence(outcome)}")
         return outcomes
@@ -368,7 +386,7 @@ def _run_grid(grid: Grid, out: Path, device: str, quiet: bool) -> list[Outcome]:
         def show(cell: Cell, epoch: int, epochs: int) -> None:
             bars.update(one, description=_run_name(cell), completed=epoch, total=epochs)
 
-        for outcome in training.sweep(cells, out, chosen, show):
+        for outcome in runs(progress=show):
             outcomes.append(outcome)
             bars.advance(every)
             bars.console.print(_sentence(outcome), highlight=False, markup=False)
@@ -460,11 +478,16 @@ def main() -> None:
         code = _fail(str(error))
     except (KeyboardInterrupt, click.Abort):
         click.echo(
-            "interrupted; finished runs are kept and the current one goes on from its last epoch: "
-            "give the same command again",
+            "interrupted; finished runs are kept and the current one goes on from its last "
+            "checkpoint: give the same command again",
             err=True,
         )
         code = 130
+    except Exception as error:
+        _fail(
+            f"unexpected {type(error).__name__}; finished runs are kept; please report what follows"
+        )
+        raise
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import inspect
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -817,6 +818,8 @@ def forget_peak_memory(device: torch.device) -> None:
 def pick_device(name: str) -> torch.device:
     """The device "auto" (CUDA if there is one), "cpu" or "cuda".
 
+    Of several processes that torchrun started, each gets the GPU of its number on the machine.
+
     Raises:
         ValueError: unknown name, or "cuda" where torch finds none.
     """
@@ -829,4 +832,14 @@ def pick_device(name: str) -> torch.device:
         )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     return torch.device(name)
+
+
+def launched() -> tuple[int, int]:
+    """Number of this process and how many torchrun started; 0 and 1 without it.
+
+    They share a grid and train alone: `torch.distributed` stays uninitialised.
+    """
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

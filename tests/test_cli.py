@@ -329,7 +329,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_completes(call, tmp_path
     assert process.returncode == 130
     assert "Traceback" not in err
     assert err.strip().splitlines()[-1] == (
-        "interrupted; finished runs are kept and the current one goes on from its last epoch: "
+        "interrupted; finished runs are kept and the current one goes on from its last checkpoint: "
         "give the same command again"
     )
     assert "[1/2] equal seed 0" in out
