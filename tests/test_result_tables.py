@@ -54,7 +54,7 @@ PUBLISHED = tomllib.loads(result_tables.PUBLISHED.read_text(encoding="utf-8"))["
 PROTOCOLS = {
     "nyuv2": protocols.NYUV2,
     "cityscapes": protocols.CITYSCAPES,
-    "cityscapes_three": protocols.CITYSCAPES_THREE,
+    "cityscapes3": protocols.CITYSCAPES_THREE,
     "celeba": protocols.CELEBA,
 }
 

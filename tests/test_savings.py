@@ -14,6 +14,7 @@ from torch import nn
 
 from mtl_tutorial import benchmarks, cli, dense_metrics, metrics, results, savings, training
 from mtl_tutorial.benchmarks import Benchmark, Data, Protocol, Task
+from mtl_tutorial.benchmarks.rooms import Rooms
 from mtl_tutorial.gradients import task_gradients
 from mtl_tutorial.models import HardSharing, count_parameters
 
@@ -280,6 +281,50 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(precision, report):
     assert straight.reported == second.reported
     if precision == "float16":
         assert straight.scaler.state_dict() == second.scaler.state_dict()
+
+
+@pytest.fixture(scope="module")
+def rooms():
+    """Rooms with a few frames, prepared once; and a run of three epochs on them."""
+
+    class Few(Rooms):
+        counts: ClassVar[dict[str, int]] = {"train": 32, "val": 8, "test": 8}
+
+    base = Protocol(epochs=3, batch_size=8, lr=2e-3, size=(24, 32))
+    bench = Few().under(base).prepare(torch.device("cpu"))
+
+    def losses(**protocol):
+        changed = dataclasses.replace(base, **protocol)
+        spec = training.parse_spec("aligned_mtl")
+        again = bench.under(changed)
+        again.data = bench.data
+        run = training.Run(training.Cell("rooms", "quick", changed, spec, 0), again)
+        if run.scaler is not None:
+            run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        for _ in range(3):
+            run.epoch_of_training()
+        return run.history[0]["train_losses"], run.history[-1]["train_losses"]
+
+    return losses, losses()
+
+
+@pytest.mark.parametrize(
+    ("protocol", "tolerance"),
+    [
+        ({"accumulate": 4}, 1e-3),
+        ({"channels_last": True}, 1e-3),
+        ({"precision": "bfloat16"}, 0.1),
+        ({"precision": "float16"}, 0.05),
+        ({"precision": "bfloat16", "accumulate": 2, "channels_last": True}, 0.1),
+    ],
+    ids=str,
+)
+def test_rooms_trains_as_in_float32_on_whole_batches(rooms, protocol, tolerance):
+    losses, (first, last) = rooms
+    assert sum(last) < 0.8 * sum(first)  # it does learn in these three epochs
+    ours_first, ours_last = losses(**protocol)
+    torch.testing.assert_close(ours_first, first, rtol=tolerance, atol=0.0)
+    torch.testing.assert_close(ours_last, last, rtol=tolerance, atol=0.0)
 
 
 @pytest.mark.gpu

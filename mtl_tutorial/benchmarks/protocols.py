@@ -77,7 +77,8 @@ CITYSCAPES_THREE: dict[str, Protocol] = {
         size=(256, 512),
         augment=True,
         note="Aligned-MTL's paper (100 epochs) with its code's schedule, which runs 60; the code "
-        "picks the epoch by validation loss and trains on targets of an eighth of the size",
+        "picks the epoch by the loss on the images it is tested with, here by their scores, and "
+        "trains on targets of an eighth of the size",
     ),
 }
 """Three tasks, 19 classes, instance offsets and disparity, in Cityscapes' own folders."""
