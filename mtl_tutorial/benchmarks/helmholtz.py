@@ -15,7 +15,7 @@ means nothing here: either loss alone has infinitely many solutions.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -141,9 +141,10 @@ class Helmholtz(Benchmark):
     ) -> tuple[Losses, Tensor | None]:
         inside, edge = batch
         chosen = (0, 1) if tasks is None else tasks
+        field = cast(Field, model)
         makers = (
-            lambda: residual(model, inside).square().mean(),
-            lambda: model(edge).square().mean(),  # u is zero on the edge
+            lambda: residual(field, inside).square().mean(),
+            lambda: field(edge).square().mean(),  # u is zero on the edge
         )
         return [makers[k]() for k in chosen], None
 
