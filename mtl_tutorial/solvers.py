@@ -8,24 +8,48 @@ are relative, so tiny, huge and unequal gradients are solved alike.
 * `min_norm_weights`: the point of smallest norm in the convex hull of the gradients.
 * `dual_cone_weights`: projections on the cone of steps that increase no loss.
 * `balanced_weights`: ``G w = w^(-1/alpha)``, Nash bargaining for alpha = 1.
+* `equal_projection_weights`: the step with one projection on all unit gradients.
 * `max_min_weights`: the step in a ball around the mean gradient that helps the worst task most.
 
 The number of iterations depends on the values, so on an accelerator a caller copies the Gram matrix
-to the host once, which is cheaper than a wait per iteration.
+to the host once, which is cheaper than a wait per iteration. Tensors come in and go out; in between
+the arrays are NumPy's, whose calls cost a third of torch's at these sizes, and the calls are all
+that a solver of K unknowns costs.
 
-This file needs torch alone.
+This file needs torch and NumPy.
 """
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+Array = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
 _PATIENCE = 3  # block exchanges without progress before single ones take over
+
+# What is not finite is sorted out where it matters, as torch does it.
+_silent = np.errstate(all="ignore")
+
+
+def _array(x: Tensor) -> Array:
+    return x.detach().double().cpu().numpy()
+
+
+def _unit_diagonal(gram: Array) -> tuple[Array, Array, Array]:
+    """`unit_diagonal` on the host, and the inverse norms, zero for a zero gradient."""
+    norms = np.sqrt(np.maximum(gram.diagonal(), 0))
+    inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
+    cosine = (gram * inverse) * inverse[:, None]
+    cosine = np.minimum(np.maximum((cosine + cosine.T) / 2, -1), 1)
+    return cosine, norms, inverse
 
 
 def unit_diagonal(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine matrix and norms of the rows behind a Gram matrix.
+    """Cosine matrix and norms of the rows behind a Gram matrix, on its device.
 
     Args:
         gram: Gram matrix (K, K).
@@ -41,6 +65,10 @@ def unit_diagonal(gram: Tensor) -> tuple[Tensor, Tensor]:
     return ((cosine + cosine.T) / 2).clamp(-1, 1), norms
 
 
+# ------------------------------------------------------------------------------ non-negative QP
+
+
+@_silent
 def nonnegative_qp(matrix: Tensor, linear: Tensor, eps: float = 1e-14) -> Tensor:
     """Minimise ``1/2 s'As + q's`` over ``s >= 0`` for every row q of `linear`.
 
@@ -57,19 +85,29 @@ def nonnegative_qp(matrix: Tensor, linear: Tensor, eps: float = 1e-14) -> Tensor
         float64 tensor (B, K), non-negative. Unknowns with a zero diagonal entry stay zero. Where A
         is singular, s is one of several minimisers; they share ``A s``.
     """
-    unit, norms = unit_diagonal(matrix)
-    alive = norms > 0
-    inverse = torch.where(alive, 1 / torch.where(alive, norms, 1.0), 0.0)
-    q = linear.double() * inverse
-    k = len(unit)
-    unit = unit + torch.diag((~alive).to(unit))
+    return torch.from_numpy(_nonnegative_qp(_array(matrix), _array(linear), eps))
 
-    free = (q < 0) & alive
-    solution = torch.zeros_like(q)
-    fewest = torch.full((len(q),), k + 1)
-    patience = torch.full((len(q),), _PATIENCE)
-    last = torch.arange(k)
-    open_ = torch.arange(len(q))
+
+def _nonnegative_qp(matrix: Array, linear: Array, eps: float) -> Array:
+    unit, norms, inverse = _unit_diagonal(matrix)
+    q = linear * inverse
+    alive = norms > 0
+    return _pivot(unit, q, alive, (q < 0) & alive, eps)[0] * inverse
+
+
+def _pivot(unit: Array, q: Array, alive: Mask, free: Mask, eps: float) -> tuple[Array, Mask]:
+    """`nonnegative_qp` for a unit diagonal, from a first guess of F (B, K); also gives the last F.
+
+    Rows and columns outside `alive` are zero in `unit`.
+    """
+    k = len(unit)
+    if not alive.all():
+        unit = unit + np.diag(~alive)
+    free = free.copy()
+    solution = np.zeros_like(q)
+    fewest = np.full(len(q), k + 1)
+    patience = np.full(len(q), _PATIENCE)
+    open_ = np.arange(len(q))
     for _ in range(5 * k + 20):
         x = _solve_on(unit, q[open_], free[open_], eps)
         wrong = _violations(unit, q[open_], x, free[open_], eps) & alive
@@ -80,56 +118,66 @@ def nonnegative_qp(matrix: Tensor, linear: Tensor, eps: float = 1e-14) -> Tensor
             break
         open_, wrong, count = open_[going], wrong[going], count[going]
         better = count < fewest[open_]
-        patience[open_] = torch.where(better, _PATIENCE, patience[open_] - 1)
-        fewest[open_] = torch.where(better, count, fewest[open_])
-        # The finite rule of last resort exchanges the last unknown that is wrong.
-        single = wrong & (last == (wrong * (last + 1)).amax(1, keepdim=True) - 1)
-        free[open_] ^= torch.where((patience[open_] >= 0)[:, None], wrong, single)
+        patience[open_] = np.where(better, _PATIENCE, patience[open_] - 1)
+        fewest[open_] = np.where(better, count, fewest[open_])
+        stuck = patience[open_] < 0
+        if stuck.any():
+            # The finite rule of last resort exchanges the last unknown that is wrong.
+            last = np.arange(k)
+            single = last == (wrong * (last + 1)).max(1, keepdims=True) - 1
+            wrong = wrong & (single | ~stuck[:, None])
+        free[open_] ^= wrong
     else:
-        for i in open_.tolist():
+        for i in open_:
             solution[i] = _active_set(unit, q[i], alive, eps)
-    return solution.clamp(min=0) * inverse
+    return np.maximum(solution, 0), free
 
 
-def _solve_on(unit: Tensor, q: Tensor, free: Tensor, eps: float) -> Tensor:
+def _solve_on(unit: Array, q: Array, free: Mask, eps: float) -> Array:
     """Solve ``A_FF x_F = -q_F`` for each row of q (B, K) and of the masks F (B, K); zero outside.
 
     The ridge lets a singular A_FF be factorised; one step of refinement takes out its effect on
     everything but the null space, which the gradients do not see.
     """
-    mask = free.to(unit.dtype)
-    system = unit * mask[:, :, None] * mask[:, None, :]
-    system = system + torch.diag_embed(1 - mask + 4 * len(unit) * eps)
-    factor, _ = torch.linalg.cholesky_ex(system)
-    x = torch.cholesky_solve((-q * mask)[..., None], factor)[..., 0]
-    residual = -(q + x @ unit) * mask
-    return x + torch.cholesky_solve(residual[..., None], factor)[..., 0]
+    k = len(unit)
+    mask = free.astype(np.float64)
+    system = unit * (mask[:, :, None] * mask[:, None, :])
+    system.reshape(len(q), k * k)[:, :: k + 1] += 1 - mask + 4 * k * eps
+    # Torch factorises a whole batch in one call, and does not raise where that fails.
+    factor, _ = torch.linalg.cholesky_ex(torch.from_numpy(system))
+
+    def solve(right: Array) -> Array:
+        return torch.cholesky_solve(torch.from_numpy(right[..., None]), factor)[..., 0].numpy()
+
+    x = solve(-q * mask)
+    return x + solve(-(q + x @ unit) * mask)
 
 
-def _violations(unit: Tensor, q: Tensor, x: Tensor, free: Tensor, eps: float) -> Tensor:
+def _violations(unit: Array, q: Array, x: Array, free: Mask, eps: float) -> Mask:
     """Which unknowns break the optimality conditions by more than rounding."""
+    size = np.abs(x)
     slope = x @ unit + q
-    rounding = 10 * eps * (x.abs() @ unit.abs() + q.abs())
-    negative = x < -10 * eps * x.abs().amax(1, keepdim=True)
+    rounding = 10 * eps * (size @ np.abs(unit) + np.abs(q))
+    negative = x < -10 * eps * size.max(1, keepdims=True)
     # A system that could not be solved counts as wrong throughout.
-    return torch.where(free, negative, slope < -rounding) | ~x.isfinite()
+    return np.where(free, negative, slope < -rounding) | ~np.isfinite(x)
 
 
-def _active_set(unit: Tensor, q: Tensor, alive: Tensor, eps: float) -> Tensor:
+def _active_set(unit: Array, q: Array, alive: Mask, eps: float) -> Array:
     """The same problem for one q (K,), by Lawson and Hanson's active set: slower, but it descends.
 
     Each iterate is feasible and better than the last one, so rounding cannot make it cycle.
     """
-    x = torch.zeros_like(q)
-    free = torch.zeros_like(alive)
+    x = np.zeros_like(q)
+    free = np.zeros_like(alive)
     barred = ~alive
     for _ in range(20 * len(q)):
         slope = unit @ x + q
-        rounding = 10 * eps * (unit.abs() @ x + q.abs())
+        rounding = 10 * eps * (np.abs(unit) @ x + np.abs(q))
         wanted = ~free & ~barred & (slope < -rounding)
         if not wanted.any():
             break
-        new = torch.where(wanted, slope, torch.inf).argmin()
+        new = np.where(wanted, slope, np.inf).argmin()
         free[new] = True
         z = _solve_on(unit, q[None], free[None], eps)[0]
         if not z[new] > 0:  # no descent along it but for rounding
@@ -138,16 +186,20 @@ def _active_set(unit: Tensor, q: Tensor, alive: Tensor, eps: float) -> Tensor:
             continue
         while (z[free] <= 0).any():
             blocking = free & (z <= 0)
-            ratio = torch.where(blocking, x / torch.where(blocking, x - z, 1.0), torch.inf)
+            ratio = np.where(blocking, x / np.where(blocking, x - z, 1.0), np.inf)
             x = x + ratio.min() * (z - x)
             free = free & ~(blocking & (ratio <= ratio.min()))
-            x = torch.where(free, x, 0.0)
+            x = np.where(free, x, 0.0)
             z = _solve_on(unit, q[None], free[None], eps)[0]
         x = z
         barred = ~alive
     return x
 
 
+# ------------------------------------------------------------------------------- min-norm point
+
+
+@_silent
 def min_norm_weights(gram: Tensor, eps: float = 1e-14) -> Tensor:
     """Weights of the point of smallest norm in the convex hull of the gradients.
 
@@ -163,17 +215,20 @@ def min_norm_weights(gram: Tensor, eps: float = 1e-14) -> Tensor:
         float64 tensor (K,), non-negative, sum one. Several minimisers (linearly dependent
         gradients) give the same point. Zero gradients share the whole weight: the point is zero.
     """
-    gram = gram.double()
-    smallest = gram.diagonal().amin()
+    return torch.from_numpy(_min_norm_weights(_array(gram), eps))
+
+
+def _min_norm_weights(gram: Array, eps: float) -> Array:
+    smallest = gram.diagonal().min()
     if not smallest > 0:
-        zero = (gram.diagonal() <= 0).double()
+        zero = (gram.diagonal() <= 0).astype(np.float64)
         return zero / zero.sum()
-    ones = torch.ones_like(gram[:1])
     # The squared norm sought lies in [0, smallest], so t = smallest keeps all digits of both.
-    weights = nonnegative_qp(gram + smallest, -ones, eps)[0]
+    weights = _nonnegative_qp(gram + smallest, -np.ones((1, len(gram))), eps)[0]
     return weights / weights.sum()
 
 
+@_silent
 def is_stationary(gram: Tensor, weights: Tensor, eps: float = 1e-14) -> bool:
     """Whether ``sum_k w_k g_k`` is zero within the rounding error of the Gram matrix.
 
@@ -182,11 +237,29 @@ def is_stationary(gram: Tensor, weights: Tensor, eps: float = 1e-14) -> bool:
         weights: w (K,), non-negative.
         eps: relative rounding error of the entries of `gram`.
     """
-    gram = gram.double()
-    size = weights @ gram.diagonal().clamp(min=0).sqrt()
+    return _is_stationary(_array(gram), _array(weights), eps)
+
+
+def _is_stationary(gram: Array, weights: Array, eps: float) -> bool:
+    size = weights @ np.sqrt(np.maximum(gram.diagonal(), 0))
     return bool(weights @ gram @ weights <= 4 * len(gram) * eps * size**2)
 
 
+def _descends(gram: Array, weights: Array, longest: float, eps: float) -> bool:
+    """Whether a step proves that no point of the hull is zero within rounding, so none is sought.
+
+    With ``d = sum_k w_k g_k`` and any a of the simplex, ``|sum_k a_k g_k| |d| >= min_k g_k . d``.
+    The point's size, by which `_is_stationary` measures, is at most the longest gradient.
+    """
+    gains = gram @ weights
+    least = gains.min()
+    return bool(least > 0 and least**2 > 16 * len(gram) * eps * longest**2 * (weights @ gains))
+
+
+# ------------------------------------------------------------------------------------ dual cone
+
+
+@_silent
 def dual_cone_weights(gram: Tensor, vectors: Tensor, eps: float = 1e-14) -> Tensor:
     """Project combinations of the gradients on the cone ``{d : g_k . d >= 0 for all k}``.
 
@@ -201,11 +274,14 @@ def dual_cone_weights(gram: Tensor, vectors: Tensor, eps: float = 1e-14) -> Tens
     Returns:
         float64 tensor (B, K): the rows v.
     """
-    gram = gram.double()
-    vectors = vectors.double()
-    return vectors + nonnegative_qp(gram, vectors @ gram, eps)
+    matrix, u = _array(gram), _array(vectors)
+    return torch.from_numpy(u + _nonnegative_qp(matrix, u @ matrix, eps))
 
 
+# ------------------------------------------------------------------------------ G w = w^(-1/a)
+
+
+@_silent
 def balanced_weights(gram: Tensor, alpha: float = 1.0, eps: float = 1e-14) -> Tensor:
     """Positive weights with ``G w = w^(-1/alpha)``, entry by entry, by damped Newton.
 
@@ -231,52 +307,70 @@ def balanced_weights(gram: Tensor, alpha: float = 1.0, eps: float = 1e-14) -> Te
         * Pareto stationary gradients (some convex combination is zero): weights with which the
           step is zero, those of the min-norm point of the unit gradients.
     """
-    gram = gram.double()
+    return torch.from_numpy(_balanced_weights(_array(gram), alpha, eps))
+
+
+def _balanced_weights(gram: Array, alpha: float, eps: float) -> Array:
     k = len(gram)
-    cosine, norms = unit_diagonal(gram)
+    cosine, norms, _ = _unit_diagonal(gram)
     alive = norms > 0
     if alive.sum() <= 1:
-        return alive.double()
-    # Zero gradients become unit vectors of their own, away from all others.
-    cosine = cosine + torch.diag((~alive).to(cosine))
-    norms = torch.where(alive, norms, 1.0)
+        return alive.astype(np.float64)
+    zero = ~alive
+    if zero.any():
+        # Zero gradients become unit vectors of their own, away from all others.
+        cosine = cosine + np.diag(zero)
+        norms = np.where(alive, norms, 1.0)
     scale = norms ** (-2 * alpha / (1 + alpha))
-
-    hull = min_norm_weights(cosine, eps)
-    if is_stationary(cosine, hull, eps):
-        size = (hull @ norms) ** ((1 - alpha) / (1 + alpha))
-        return torch.where(alive, k * size * hull / norms, 0.0)
-
     p = 1 / alpha
-    system = gram * scale * scale[:, None] + torch.diag((~alive).to(cosine))
-    return torch.where(alive, scale * _newton(system, scale ** (1 - p), p), 0.0)
+    system = gram * scale * scale[:, None]
+    if zero.any():
+        system = system + np.diag(zero)
+    weights = scale * _newton(system, scale ** (1 - p), p)
+
+    # Whatever Newton made of it, weights that descend are its solution; others are looked at.
+    if not _descends(cosine, weights * norms, 1.0, eps):
+        hull = _min_norm_weights(cosine, eps)
+        if _is_stationary(cosine, hull, eps):
+            size = (hull @ norms) ** ((1 - alpha) / (1 + alpha))
+            weights = k * size * hull / norms
+    return np.where(alive, weights, 0.0)
 
 
-def _newton(system: Tensor, right: Tensor, p: float) -> Tensor:
+def _newton(system: Array, right: Array, p: float) -> Array:
     """Solve ``A x = r x^-p`` for x > 0, with A (K, K) and r (K,) positive."""
 
-    def terms(x: Tensor) -> tuple[Tensor, Tensor]:
-        power = x.log() if p == 1 else torch.expm1((1 - p) * x.log()) / (1 - p)
-        return x @ system @ x / 2, right @ power
+    def value(x: Array) -> tuple[float, float]:
+        power = np.log(x) if p == 1 else np.expm1((1 - p) * np.log(x)) / (1 - p)
+        return float(x @ system @ x / 2), float(right @ power)
 
+    k = len(right)
     # The best multiple of ones.
-    x = torch.ones_like(right) * (right.sum() / system.sum()) ** (1 / (1 + p))
+    x = np.full(k, (right.sum() / system.sum()) ** (1 / (1 + p)))
     last = float("inf")
     for _ in range(200):
-        power = right * x ** (1 - p)
+        power = right if p == 1 else right * x ** (1 - p)
         slope = x * (system @ x) - power
-        hessian = system * x * x[:, None] + torch.diag(p * power)
-        factor, _ = torch.linalg.cholesky_ex(hessian)
-        step = -torch.cholesky_solve(slope[:, None], factor)[:, 0]
-        size = step.abs().max().item()
-        length = min(1.0, 0.9 / max(-step.min().item(), 1e-300))
-        quadratic, barrier = terms(x)
+        hessian = system * x * x[:, None]
+        hessian.reshape(k * k)[:: k + 1] += p * power
+        try:
+            step = -np.linalg.solve(hessian, slope)
+        except np.linalg.LinAlgError:
+            break
+        size = float(np.abs(step).max())
+        if not size < np.inf:
+            break
+        length = min(1.0, 0.9 / max(-float(step.min()), 1e-300))
         decrease = slope @ step
-        # Closer in, rounding would decide the comparison, and full steps converge.
-        if -decrease > 1e-8 * (quadratic + barrier.abs()):
-            enough = quadratic - barrier
-            while torch.sub(*terms(x * (1 + length * step))) > enough + 0.1 * length * decrease:
-                length /= 2
+        if size > 1e-5:
+            quadratic, barrier = value(x)
+            # Closer in, rounding would decide the comparison, and full steps converge.
+            if -decrease > 1e-8 * (quadratic + abs(barrier)):
+                enough = quadratic - barrier
+                while (
+                    np.subtract(*value(x * (1 + length * step))) > enough + 0.1 * length * decrease
+                ):
+                    length /= 2
         x = x * (1 + length * step)
         if size < 1e-13 or last / 2 < size < 1e-6:
             break
@@ -284,6 +378,51 @@ def _newton(system: Tensor, right: Tensor, p: float) -> Tensor:
     return x
 
 
+# ------------------------------------------------------------------------------ equal projections
+
+
+@_silent
+def equal_projection_weights(gram: Tensor, eps: float = 1e-14) -> Tensor:
+    """Weights, sum one, of the step whose projections on all unit gradients are equal.
+
+    With the cosine matrix C and norms n: ``x = C^-1 1``, ``v_k = x_k / n_k``, weights
+    ``v / sum_k v_k``.
+
+    Args:
+        gram: Gram matrix (K, K).
+        eps: eigenvalues of C below ``K * eps`` count as zero.
+
+    Returns:
+        float64 tensor (K,), with a defined answer for every input:
+
+        * zero gradients get weight zero, the others are solved among themselves;
+        * linearly dependent gradients: the pseudo-inverse of C, which minimises
+          ``sum_k (u_k . x - 1)^2`` and keeps the formula's limit for parallel gradients;
+        * no such x (opposite gradients): weights proportional to ``1 / n_k``;
+        * ``sum_k v_k < 0``, where the normalisation would turn the step against every task: the
+          sign is kept positive and the weights sum to minus one.
+    """
+    cosine, norms, inverse = _unit_diagonal(_array(gram))
+    v = inverse  # the closed form for two tasks: x_1 = x_2 whatever the angle
+    if len(norms) != 2:
+        small = len(norms) * eps
+        eigenvalues, vectors = np.linalg.eigh(cosine)
+        # A zero gradient lies in the null space, which is left out.
+        ones = vectors.sum(0)
+        # Opposite gradients leave rounding error in `ones`, which is no solution.
+        kept = (eigenvalues > small) & (np.abs(ones) > small)
+        x = vectors[:, kept] @ (ones[kept] / eigenvalues[kept])
+        v = x * inverse
+        if abs(v.sum()) <= 1e-12 * np.abs(v).sum():
+            v = inverse
+    total = abs(v.sum())
+    return torch.from_numpy(v / total if total > 0 else v)
+
+
+# ------------------------------------------------------------------------------- max-min in ball
+
+
+@_silent
 def max_min_weights(gram: Tensor, c: float, eps: float = 1e-14) -> Tensor:
     """Weights of the step that improves the worst task most, within a ball around the mean.
 
@@ -303,48 +442,75 @@ def max_min_weights(gram: Tensor, c: float, eps: float = 1e-14) -> Tensor:
         Pareto stationary and the maximum is 0, it has many maximisers; this is the nearest one to
         g_0. For ``g_0 = 0`` or ``c = 0``: 1/K each.
     """
-    gram = gram.double()
+    return torch.from_numpy(_max_min_weights(_array(gram), c, eps))
+
+
+def _max_min_weights(gram: Array, c: float, eps: float) -> Array:
     k = len(gram)
-    mean = torch.full((k,), 1 / k, dtype=torch.float64, device=gram.device)
-    if c == 0 or is_stationary(gram, mean, eps):
+    mean = np.full(k, 1 / k)
+    if c == 0 or _is_stationary(gram, mean, eps):
         return mean
-    inner = gram @ mean
-    radius = c * (mean @ inner).sqrt()
-    norms = gram.diagonal().clamp(min=0).sqrt()
-
-    def nearest(tau: Tensor) -> tuple[Tensor, Tensor]:
-        y = nonnegative_qp(gram, (inner - tau)[None], eps)[0]
-        return y, (y @ gram @ y).clamp(min=0).sqrt()
-
-    low, high = inner.min(), (inner + radius * norms).min()
-    if is_stationary(gram, min_norm_weights(gram, eps), eps):
-        high = torch.zeros_like(high)
-        y, distance = nearest(high)
-        if distance <= radius:
-            return mean + y
-    tau = high
-    for _ in range(100):
-        y, distance = nearest(tau)
-        # Close to a stationary point long y cancel to a short step: no more digits are left then.
-        rounding = 1e-12 + (1e-16 * (y @ norms / radius) ** 2).clamp(max=1e-6)
-        if (distance - radius).abs() <= rounding * radius or high - low <= 1e-15 * high.abs():
-            break
-        if distance < radius:
-            low = tau
-        else:
-            high = tau
-        tau = _root_on(gram, inner, y > 0, radius, eps)
-        if not low < tau < high:
-            tau = (low + high) / 2
-    return mean + y * radius / distance
+    ball = _Ball(gram, c, eps)
+    if ball.alive.all():  # a zero gradient is a point of the hull
+        weights = mean + ball.search(ball.highest)
+        if _descends(gram, weights, ball.norms.max(), eps):
+            return weights
+    if not _is_stationary(gram, _min_norm_weights(gram, eps), eps):
+        return mean + ball.search(ball.highest)
+    ball.free = None  # a search for what does not exist leaves a bad guess
+    y, distance = ball.nearest(0.0)
+    return mean + (y if distance <= ball.radius else ball.search(0.0))
 
 
-def _root_on(gram: Tensor, inner: Tensor, free: Tensor, radius: Tensor, eps: float) -> Tensor:
-    """Where the distance to ``{d : g_k . d = tau, k in F}`` reaches the radius; NaN if nowhere."""
-    unit, norms = unit_diagonal(gram[free][:, free])
-    right = torch.stack([torch.ones_like(norms), inner[free]]) / norms
-    every = torch.ones_like(right, dtype=torch.bool)
-    solved = _solve_on(unit, -right, every, eps)
-    a, b, c = right[0] @ solved[0], right[0] @ solved[1], right[1] @ solved[1]
-    # a tau^2 - 2 b tau + c = radius^2, the larger root
-    return (b + (b**2 - a * (c - radius**2)).sqrt()) / a
+class _Ball:
+    """The ball ``|d - g_0| <= c |g_0|``, and what is nearest to its centre in a cone.
+
+    Attributes:
+        radius: ``c |g_0|``.
+        highest: a tau that no d of the ball exceeds with every ``g_k . d``.
+    """
+
+    def __init__(self, gram: Array, c: float, eps: float) -> None:
+        self.unit, self.norms, self.inverse = _unit_diagonal(gram)
+        self.alive = self.norms > 0
+        self.eps = eps
+        self.inner = gram.mean(1)
+        self.radius: float = c * np.sqrt(self.inner.mean())
+        self.lowest: float = self.inner.min()
+        self.highest: float = (self.inner + self.radius * self.norms).min()
+        self.free: Mask | None = None
+
+    def nearest(self, tau: float) -> tuple[Array, float]:
+        """y and its length, of the d nearest to g_0 with ``g_k . d >= tau``."""
+        q = ((self.inner - tau) * self.inverse)[None]
+        guess = (q < 0) & self.alive if self.free is None else self.free  # F changes little
+        s, self.free = _pivot(self.unit, q, self.alive, guess, self.eps)
+        return s[0] * self.inverse, np.sqrt(np.maximum(s[0] @ self.unit @ s[0], 0.0))
+
+    def search(self, high: float) -> Array:
+        """y of the d on the sphere, where tau is below `high`."""
+        low, tau = self.lowest, high
+        for _ in range(100):
+            y, distance = self.nearest(tau)
+            # Close to a stationary point long y cancel to a short step: no more digits are left.
+            lost = np.minimum(1e-16 * (y @ self.norms / self.radius) ** 2, 1e-6)
+            close = abs(distance - self.radius) <= (1e-12 + lost) * self.radius
+            if close or high - low <= 1e-15 * abs(high):
+                break
+            if distance < self.radius:
+                low = tau
+            else:
+                high = tau
+            tau = self.root(y > 0)
+            if not low < tau < high:
+                tau = (low + high) / 2
+        return y * (self.radius / distance)
+
+    def root(self, free: Mask) -> float:
+        """Where ``{d : g_k . d = tau, k in F}`` has the radius as its distance; NaN if nowhere."""
+        unit = self.unit[free][:, free]
+        right = np.stack([np.ones(len(unit)), self.inner[free]]) * self.inverse[free]
+        solved = _solve_on(unit, -right, np.ones(right.shape, dtype=bool), self.eps)
+        a, b, c = right[0] @ solved[0], right[0] @ solved[1], right[1] @ solved[1]
+        # a tau^2 - 2 b tau + c = radius^2, the larger root
+        return float((b + np.sqrt(b**2 - a * (c - self.radius**2))) / a)

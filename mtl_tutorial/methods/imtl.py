@@ -14,6 +14,8 @@ IMTL-L (section 3.2) learns one log scale s_k per task by minimising ``e^{s_k} L
 (equation 8 with a = e, b = 1), whose minimum is where every scaled loss ``e^{s_k} L_k`` is one.
 
 IMTL (Algorithm 1) scales the losses by IMTL-L and weighs the scaled gradients by IMTL-G.
+
+This file needs torch, gradients.py and solvers.py.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..gradients import Method, View
+from ..gradients import Method, View, upload
+from ..solvers import equal_projection_weights
 
 
 def imtl_g_weights(gram: Tensor, eps: float = 1e-14) -> Tensor:
@@ -32,34 +35,9 @@ def imtl_g_weights(gram: Tensor, eps: float = 1e-14) -> Tensor:
         eps: eigenvalues of the cosine matrix below ``K * eps`` count as zero.
 
     Returns:
-        float64 tensor (K,), with a defined answer for every input:
-
-        * zero gradients get weight zero, the others are solved among themselves;
-        * linearly dependent gradients: the pseudo-inverse of C, which minimises
-          ``sum_k (u_k . x - 1)^2`` and keeps the formula's limit for parallel gradients;
-        * no such x (opposite gradients): ``alpha_k`` proportional to ``1 / n_k``;
-        * ``sum_k v_k < 0``, where the normalisation would turn the step against every task: the
-          sign is kept positive and the weights sum to minus one.
+        float64 tensor (K,), with the defined answers of `solvers.equal_projection_weights`.
     """
-    gram = gram.double()
-    norms = gram.diagonal().clamp(min=0).sqrt()
-    alive = norms > 0
-    inverse = torch.where(alive, 1 / torch.where(alive, norms, 1.0), 0.0)
-    if len(gram) == 2:
-        v = inverse  # the closed form for two tasks: x_1 = x_2 whatever the angle
-    else:
-        cosine = (gram * inverse) * inverse[:, None]
-        eigenvalues, vectors = torch.linalg.eigh((cosine + cosine.T) / 2)
-        keep = eigenvalues > len(gram) * eps
-        pinv = torch.where(keep, 1 / torch.where(keep, eigenvalues, 1.0), 0.0)
-        ones = vectors.T @ alive.double()
-        # Opposite gradients leave rounding error here, which is no solution.
-        x = vectors @ (pinv * torch.where(ones.abs() > len(gram) * eps, ones, 0.0))
-        v = x * inverse
-        lost = v.sum().abs() <= 1e-12 * v.abs().sum()
-        v = torch.where(lost, inverse, v)
-    total = v.sum().abs()
-    return v / torch.where(total > 0, total, 1.0)
+    return upload(equal_projection_weights(gram.cpu(), eps), gram.device)
 
 
 class IMTLG(Method):
@@ -72,8 +50,9 @@ class IMTLG(Method):
         head_gradients: "raw" (default, Algorithm 1) or "weighted" (the prose of section 3.1 and
             the code of Nash-MTL; a negative weight then makes a head ascend).
 
-    Deviations: the guards of `imtl_g_weights`, where the paper's formula is undefined or ascends.
-    A step whose sign was kept shows as weights that sum to -1. There is no official code.
+    Deviations: the guards of `solvers.equal_projection_weights`, where the paper's formula is
+    undefined or ascends. A step whose sign was kept shows as weights that sum to -1. There is no
+    official code.
     """
 
     name = "imtl_g"
@@ -81,7 +60,7 @@ class IMTLG(Method):
     paper = "Liu et al., ICLR 2021"
     year = 2021
     sees = "gram"
-    syncs = True  # torch.linalg.eigh checks its convergence on the host
+    syncs = True  # the eigenvalues are found on the host
 
     def __init__(self, *, head_gradients: str = "raw") -> None:
         super().__init__(head_gradients=head_gradients)

@@ -55,16 +55,16 @@ def pcgrad_weights(gram: Tensor, orders: Tensor) -> Tensor:
     """
     gram = gram.double()
     norms = gram.diagonal().clamp(min=0).sqrt()
-    inverse = torch.where(norms > 0, 1 / torch.where(norms > 0, norms, 1.0), 0.0)
-    cosine = gram * inverse * inverse[:, None]
-    tasks = torch.arange(len(gram), device=gram.device)
-    added = torch.zeros_like(gram)  # v_i / n_i = u_i + sum_j added_ij u_j
+    inverse = norms.reciprocal().masked_fill(norms == 0, 0.0)
+    cosine = gram * inverse * inverse.unsqueeze(1)
+    taken = torch.zeros_like(gram)  # v_i / n_i = u_i - sum_j taken_ij u_j, each at most zero
     inner = cosine  # (v_i / n_i) . u_j
-    for j in upload(orders, gram.device).T:  # all tasks visit their next task at once
-        amount = -inner[tasks, j].clamp(max=0)
-        added[tasks, j] += amount
-        inner = inner + amount[:, None] * cosine[j]
-    return 1 + (norms @ added) * inverse
+    for j in upload(orders, gram.device).unbind(1):  # all tasks visit their next task at once
+        at = j.unsqueeze(1)
+        amount = inner.gather(1, at).clamp_(max=0)
+        taken.scatter_(1, at, amount)
+        inner = inner.addcmul(amount, cosine.index_select(0, j), value=-1)
+    return 1 - (norms @ taken) * inverse
 
 
 class PCGrad(Method):

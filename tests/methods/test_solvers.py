@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import gaussian, of_rank, relative_error, seeds, stationary, vector
+from helpers import gaussian, of_rank, orthogonal, relative_error, seeds, stationary, vector
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -118,9 +118,9 @@ def test_the_fallback_gives_the_same_answer(seed: int, k: int, p: int) -> None:
     rows, point = gaussian(k, p, seed), gaussian(1, p, seed + 1)
     unit, norms = solvers.unit_diagonal(rows @ rows.T)
     q = (point @ rows.T)[0] / norms
-    x = solvers._active_set(unit, q, norms > 0, 1e-14) / norms
+    x = solvers._active_set(unit.numpy(), q.numpy(), (norms > 0).numpy(), 1e-14) / norms.numpy()
     want = solvers.nonnegative_qp(rows @ rows.T, point @ rows.T)[0]
-    torch.testing.assert_close(x @ rows, want @ rows, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(torch.from_numpy(x) @ rows, want @ rows, atol=1e-9, rtol=1e-9)
 
 
 def test_the_fallback_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,12 +350,37 @@ def test_max_min_step_close_to_a_stationary_point(seed: int, gap: float, c: floa
 def test_max_min_takes_few_quadratic_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The parabola's root finds the answer in a few guesses; bisection alone would take forty."""
     calls = []
-    solve = solvers.nonnegative_qp
-    monkeypatch.setattr(solvers, "nonnegative_qp", lambda *a: calls.append(1) or solve(*a))
+    solve = solvers._pivot
+    monkeypatch.setattr(solvers, "_pivot", lambda *a: calls.append(1) or solve(*a))
     for seed in range(20):
         rows = spread(6, 9, seed, 30.0)
         solvers.max_min_weights(rows @ rows.T, 0.4)
     assert len(calls) <= 20 * 8
+
+
+# ------------------------------------------------------------------- proofs of non-stationarity
+
+
+@given(seeds, st.integers(2, 6), st.integers(4, 9))
+def test_no_step_is_taken_for_a_proof_where_rows_are_stationary(seed: int, k: int, p: int) -> None:
+    """Neither a random combination nor the sum, and one of rows that are not stationary is."""
+    rows, _ = stationary(k, p, seed)
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    for weights in (*gaussian(5, k, seed + 1).abs(), torch.ones(k)):
+        gram = (unit @ unit.T).numpy()
+        assert not solvers._descends(gram, weights.double().numpy(), 1.0, 1e-14)
+    rows = orthogonal(max(k, p), seed)[:k]
+    assert solvers._descends((rows @ rows.T).numpy(), torch.ones(k).double().numpy(), 1.0, 1e-14)
+
+
+@pytest.mark.parametrize("eps", [1e-14, torch.finfo(torch.float32).eps])
+def test_ordinary_gradients_need_no_min_norm_point(monkeypatch, eps: float) -> None:
+    monkeypatch.setattr(solvers, "_min_norm_weights", lambda *a: pytest.fail("looked for it"))
+    for seed in range(10):
+        gram = spread(6, 40, seed, 10.0)
+        gram = gram @ gram.T
+        assert solvers.balanced_weights(gram, 1.0, eps).min() > 0
+        assert solvers.max_min_weights(gram, 0.4, eps).min() >= 1 / 6
 
 
 # -------------------------------------------------------------------------- rounded Gram matrices
