@@ -6,6 +6,9 @@ from pathlib import Path
 
 from .. import names
 from .base import Benchmark, Data, Protocol, Task
+from .camvid import CamVid
+from .celeba import CelebA
+from .cityscapes import Cityscapes, Cityscapes3
 from .class_streams import (
     Cifar10Partial,
     Cifar10Partial5,
@@ -16,6 +19,7 @@ from .class_streams import (
 from .helmholtz import Helmholtz
 from .multidigits import MultiDigits
 from .multimnist import MultiFashion, MultiFashionMNIST, MultiMNIST
+from .nyuv2 import NYUv2
 from .office_caltech10 import OfficeCaltech10
 from .office_images import Office31, OfficeHome
 from .rooms import Rooms
@@ -54,6 +58,11 @@ CLASSES: dict[str, type[Benchmark]] = {
         Office31,
         School,
         Rooms,
+        CamVid,
+        NYUv2,
+        Cityscapes,
+        Cityscapes3,
+        CelebA,
     )
 }
 

@@ -203,35 +203,39 @@ def unit(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
-Read = Callable[[int], tuple[Tensor, tuple[Tensor, ...]]]
-
-
 class Reader(Dataset[Any]):
     """Examples that are read when they are asked for, with noise on one task's targets.
 
+    A subclass writes `read`.
+
     Args:
-        read: number of an example to its image and maps.
         n: how many there are.
         files: what they are read from, in order, for the checksum.
     """
 
-    def __init__(self, read: Read, n: int, files: Sequence[Path]) -> None:
-        self.read, self.n, self.files = read, n, tuple(files)
-        self.slot = -1
-        self.noisy: frozenset[int] = frozenset()
+    def __init__(self, n: int, files: Sequence[Path]) -> None:
+        self.n, self.files = n, tuple(files)
+        self.slot, self.seed = 0, 0
+        self.chosen: frozenset[int] = frozenset()  # examples whose targets are noisy
         self.draw: Draw | None = None
-        self.seed = 0
+
+    def read(self, i: int) -> Example:
+        """Image and targets of example i."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return self.n
 
-    def __getitem__(self, i: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def __getitem__(self, i: int) -> Example:
         image, targets = self.read(i)
-        if self.draw is not None and i in self.noisy:
+        if self.draw is not None and i in self.chosen:
             generator = torch.Generator().manual_seed(self.seed + 7_919 * i)
             noisy = self.draw(targets[self.slot][None], generator)[0]
             targets = (*targets[: self.slot], noisy, *targets[self.slot + 1 :])
         return image, targets
+
+
+WORKERS = 4  # processes that read ahead for an accelerator; on a CPU the one that trains reads
 
 
 class MappedData(Data):
@@ -240,34 +244,31 @@ class MappedData(Data):
     Args:
         reader: gives one example at a time.
         device: where batches go.
-        workers: processes that read ahead; 0 reads in this one.
     """
 
-    def __init__(
-        self, reader: Reader, device: torch.device | None = None, workers: int = 0
-    ) -> None:
+    def __init__(self, reader: Reader, device: torch.device | None = None) -> None:
         super().__init__(torch.empty(0), ())
-        self.reader, self.workers = reader, workers
+        self.reader = reader
         self.device = device or torch.device("cpu")
 
     def __len__(self) -> int:
         return len(self.reader)
 
     def to(self, device: torch.device) -> MappedData:
-        return MappedData(self.reader, device, self.workers)
+        return MappedData(self.reader, device)
 
     def first(self, n: int) -> MappedData:
         reader = copy.copy(self.reader)
         reader.n = min(n, reader.n) if n else reader.n
-        return MappedData(reader, self.device, self.workers)
+        return MappedData(reader, self.device)
 
     def noisy(self, slot: int, noise: LabelNoise, draw: Draw, seed: int, epoch: int) -> MappedData:
         """The noise is drawn per example when it is read, from seed, epoch and its number."""
         reader = copy.copy(self.reader)
         reader.slot, reader.draw = slot, draw
-        reader.noisy = frozenset(noise.chosen(len(self), seed).tolist())
+        reader.chosen = frozenset(noise.chosen(len(self), seed).tolist())
         reader.seed = noise.stream(seed, epoch)
-        return MappedData(reader, self.device, self.workers)
+        return MappedData(reader, self.device)
 
     def checksum(self) -> str:
         """SHA-256 over names and sizes of all files and the bytes of 16 of them.
@@ -293,7 +294,7 @@ class MappedData(Data):
         loader = DataLoader(
             self.reader,
             batch_sampler=parts,
-            num_workers=self.workers,
+            num_workers=WORKERS if self.device.type == "cuda" else 0,
             collate_fn=default_collate,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else the loader draws from the global one
@@ -368,15 +369,14 @@ class DenseBenchmark(Benchmark):
         kinds: kind of each task's map, see the module's text.
         channels: channels of each task's output.
         default_size: height and width where the protocol names none.
-        workers: processes that read sets which stay on disk.
+        default_network: name of the network where the protocol names none.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ()
     channels: ClassVar[tuple[int, ...]] = ()
     default_size: ClassVar[tuple[int, int]] = (0, 0)
+    default_network: ClassVar[str] = "small"
     eval_batch: ClassVar[int] = 32
-
-    workers: int = 0
 
     @property
     def size(self) -> tuple[int, int]:
@@ -410,7 +410,7 @@ class DenseBenchmark(Benchmark):
 
     def build(self) -> nn.Module:
         name = "" if self.protocol is None else self.protocol.network
-        return _networks()[name or "small"](self.channels)
+        return _networks()[name or self.default_network](self.channels)
 
     def batches(self, protocol: Protocol, generator: torch.Generator) -> Iterator[Any]:
         for images, targets in super().batches(protocol, generator):
