@@ -108,6 +108,17 @@ def on_host(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def refuse_shards(parameters: Iterable[Tensor]) -> None:
+    """Raise ValueError for parameters of ``fully_shard``: gradients by task do not reach them."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    if any(hasattr(p, "full_tensor") for p in parameters):
+        raise ValueError(
+            "expected parameters that this process holds whole, got sharded ones (fully_shard); "
+            "use DistributedDataParallel, or the step that the page on several processes shows"
+        )
+
+
 def add_gradient(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
     """Add gradients to ``.grad``, as ``backward`` does: parameters without one are left alone."""
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -345,6 +356,7 @@ class LossGraph:
             self._need_told()
         found = self._infer_shared() if shared is None else shared
         self.shared = [p for p in found if p.requires_grad]
+        refuse_shards(self.shared)
         if not self.shared:
             raise ValueError(
                 "expected at least one shared parameter that requires a gradient, got none; pass "
@@ -1012,6 +1024,7 @@ class Method:
         Returns:
             `Info` of the step.
         """
+        refuse_shards(p for group in optimizer.param_groups for p in group["params"])
         with torch.enable_grad():
             output = closure()
         losses, features = split_closure_output(output)

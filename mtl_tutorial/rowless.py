@@ -282,31 +282,31 @@ class Rowless:
 def _doors(graph: LossGraph) -> list[GradientEdge] | None:
     """Edges by which the heads enter the trunk, if one batched pass from there on is quicker.
 
-    The trunk is what more than one task passes through. None where a node of it is of a kind that
-    is slower batched, or where a parameter is on the wrong side of the doors.
+    The trunk is what more than one task passes through. None where a node of it is slower batched,
+    where a parameter is on the wrong side of the doors, or where one door is behind another.
     """
     shared = {id(parameter) for parameter in graph.shared}
-    owners, doors = (
-        graph.owners,
-        dict.fromkeys(
-            (edge.node, edge.output_nr) for edge in graph.edges if graph.owners[edge.node] is None
-        ),
-    )
-    within = 0
+    owners = graph.owners
+    doors = {(e.node, e.output_nr): None for e in graph.edges if owners[e.node] is None}
+    within: set[Node] = set()
+    n_shared = 0
     for node, owner in owners.items():
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             if (owner is None) != (id(leaf) in shared):
                 return None
-            within += owner is None
-        elif owner is None and node.name() not in _BATCHED:
-            return None
-        elif owner is not None:
+            n_shared += owner is None
+        elif owner is None:
+            if node.name() not in _BATCHED:
+                return None
+            within.update(parent for parent, _ in node.next_functions if parent is not None)
+        else:
             for parent, number in node.next_functions:
                 if parent is not None and owners[parent] is None:
                     doors[parent, number] = None
-    leads_to_leaf = any(hasattr(node, "variable") for node, _ in doors)
-    if within < len(shared) or leads_to_leaf:
+    if n_shared < len(shared) or any(
+        node in within or hasattr(node, "variable") for node, _ in doors
+    ):
         return None
     return [GradientEdge(node, number) for node, number in doors]
 
