@@ -10,7 +10,7 @@ fades with distance, and a little noise of the sensor. Tasks, classes and conven
 - unit normals in the camera's frame, x to the right, y down, z forward; they face the camera.
 
 Every frame is drawn from its split and its number alone, so a smaller set is the beginning of a
-larger one. The world's axes: x and z along the floor, y up.
+larger one. The world's axes: x and z along the floor, y up, a left-handed frame.
 """
 
 from __future__ import annotations
