@@ -35,6 +35,7 @@ from ..gradients import (
     Method,
     View,
     optimizer_step,
+    refuse_shards,
     split_closure_output,
     takes_tasks,
 )
@@ -157,6 +158,7 @@ class Independent(Method):
                 scaler, at once. Earlier groups of the batch have stepped by then.
         """
         self._raise_pending()
+        refuse_shards(p for group in optimizer.param_groups for p in group["params"])
         told = takes_tasks(closure)
         if not self.groups:
             with torch.no_grad():

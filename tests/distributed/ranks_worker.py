@@ -539,3 +539,32 @@ def work(rank: int, size: int, folder: str) -> None:
     Path(folder, f"{rank}.json").write_text(json.dumps(outcomes), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def work_on_gpu(rank: int, size: int, folder: str, backend: str) -> None:
+    """A few steps of every method, each rank on a device of its own, beside one process."""
+    torch.cuda.set_device(rank)
+    dist.init_process_group(
+        backend,
+        init_method=f"file://{folder}/meet",
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=60),
+    )
+
+    def check(name: str) -> None:
+        results = []
+        for group, rows in (("auto", even(rank, size)), (None, slice(None))):
+            model, method = Parts(tasks_of(name)).cuda(), create(name)
+            model.inputs = [x.cuda() for x in model.inputs]
+            model.targets = [y.cuda() for y in model.targets]
+            method.group = group
+            optimizer = sgd(model.parameters(), lr=0.01, momentum=0.9)
+            for step in range(5):
+                take(method, model, optimizer, lambda m=model, s=step, r=rows: m(s, r)[0])
+            results.append(flat(model).cpu())
+        assert relative_error(*results) < 1e-9
+
+    outcomes = {name: outcome_of(check, name) for name in available()}
+    Path(folder, f"{rank}.json").write_text(json.dumps(outcomes), encoding="utf-8")
+    dist.destroy_process_group()

@@ -63,3 +63,13 @@ def test_ranks(outcomes_of, size, check, method):
     found = [each.get(f"{check}-{method}", missing) for each in outcomes_of(size)]
     failures = [f"rank {r}: {what}" for r, what in enumerate(found) if what != "passed"]
     assert not failures, "\n".join(failures)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("backend", ["nccl", "cpu:gloo,cuda:nccl"])
+def test_gpu_ranks_take_the_steps_of_one_process(tmp_path, backend):
+    torch.multiprocessing.spawn(ranks_worker.work_on_gpu, (2, str(tmp_path), backend), nprocs=2)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    failures = {name: why for each in found for name, why in each.items() if why != "passed"}
+    assert not failures
