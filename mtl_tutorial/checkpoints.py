@@ -41,11 +41,14 @@ def write(path: Path, state: dict[str, Any]) -> None:
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
-    header = f"{MAGIC} {path.stem} {digest}\n".encode()
     if path.exists():
         os.replace(path, path.with_suffix(".previous"))
-    results.write_atomically(path, header, buffer.getbuffer())
+    results.write_atomically(path, header(path, buffer.getbuffer()), buffer.getbuffer())
+
+
+def header(path: Path, payload: bytes | memoryview) -> bytes:
+    """The first line of a checkpoint with these contents."""
+    return f"{MAGIC} {path.stem} {hashlib.sha256(payload).hexdigest()}\n".encode()
 
 
 def read(path: Path, device: torch.device | None = None) -> dict[str, Any]:
@@ -65,10 +68,10 @@ def read(path: Path, device: torch.device | None = None) -> dict[str, Any]:
         return torch.serialization.default_restore_location(storage, where)
 
     try:
-        header, _, payload = path.read_bytes().partition(b"\n")
+        first, _, payload = path.read_bytes().partition(b"\n")
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
-    magic, run, digest = _parts(header)
+    magic, run, digest = _parts(first)
     if magic != MAGIC:
         raise ValueError("no checkpoint of this version")
     if run != path.stem:
@@ -78,17 +81,17 @@ def read(path: Path, device: torch.device | None = None) -> dict[str, Any]:
     try:
         state = torch.load(io.BytesIO(payload), map_location=put, weights_only=True)
     except Exception as error:  # whatever a made-up file makes the unpickler stumble on
-        raise ValueError(" ".join(str(error).split())[:200]) from None
+        raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from None
     if not isinstance(state, dict):
         raise ValueError(f"contents of another kind ({type(state).__name__})")
     return state
 
 
-def _parts(header: bytes) -> tuple[str, str, str]:
+def _parts(line: bytes) -> tuple[str, str, str]:
     """Kind, run and checksum that a first line names; empty where it names none."""
-    if len(header) > _LONGEST or not header.isascii():
+    if len(line) > _LONGEST or not line.isascii():
         return "", "", ""
-    words = header.decode("ascii").split(" ")
+    words = line.decode("ascii").split(" ")
     return (" ".join(words[:-2]), words[-2], words[-1]) if len(words) > 2 else ("", "", "")
 
 

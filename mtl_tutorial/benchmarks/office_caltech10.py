@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .. import matlab
 from ..data import check_labels, data_root, require
 from ..metrics import ACCURACY
 from ..models import HardSharing
@@ -36,13 +37,11 @@ def read_domain(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         ValueError: the file is unreadable or has other contents.
     """
-    from scipy.io import loadmat
-
     try:
-        content = loadmat(path)
+        content = matlab.load(path)
         counts = torch.tensor(content["fts"].astype("float32"))
         labels = torch.tensor(content["labels"].astype("int64")).flatten() - 1
-    except (OSError, ValueError, TypeError, KeyError, NotImplementedError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"expected a MATLAB file with `fts` and `labels`, got an unreadable one at {path} "
             f"({error}); get it again"

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models, transforms
@@ -76,11 +76,12 @@ def read_list(path: Path) -> list[tuple[str, int]]:
         ValueError: a line has another form, with its number.
     """
     entries = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.splitlines(), 1):
         name, _, label = line.strip().rpartition(" ")
         if not line.strip():
             continue
-        if not name or not label.isdigit():
+        if not name or not label.isdecimal() or len(label) > 9:
             raise ValueError(f"expected `path label` in line {number} of {path}, got {line!r}")
         entries.append((name.strip(), int(label)))
     return entries
@@ -98,7 +99,7 @@ def read_images(paths: list[Path], side: int) -> Tensor:
         try:
             with Image.open(path) as image:
                 pixels[i] = to_tensor(image.convert("RGB").resize((side, side)))
-        except (OSError, UnidentifiedImageError) as error:
+        except Exception as error:  # a broken file makes pillow stumble in many ways
             raise ValueError(
                 f"expected an image at {path}, got an unreadable file ({error}); get it again"
             ) from None

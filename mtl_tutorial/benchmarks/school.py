@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import matlab
 from ..data import check_finite, data_root, require
 from ..metrics import Metric, ratio
 from ..models import HardSharing
@@ -43,15 +44,13 @@ def read_school(path: Path) -> list[tuple[Tensor, Tensor]]:
     Raises:
         ValueError: the file is unreadable or has other contents.
     """
-    from scipy.io import loadmat
-
     try:
-        content = loadmat(path)
+        content = matlab.load(path)
         pairs = [
             (torch.tensor(x.astype("float32")), torch.tensor(y.astype("float32")))
             for x, y in zip(content["X"].ravel(), content["Y"].ravel(), strict=True)
         ]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"expected a MATLAB file with cells X and Y, got an unreadable one at {path} "
             f"({error}); get it again"
