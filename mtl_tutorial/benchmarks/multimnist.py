@@ -122,7 +122,7 @@ class MultiMNIST(Benchmark):
         return lenet((10, 10))
 
 
-# Half the pairs in half the batch: as many steps as on MultiMNIST in little more than half the time.
+# Half the pairs, half the batch: as many steps as on MultiMNIST in little more than half the time.
 RELATIVES = {
     **MultiMNIST.protocols,
     "cpu": replace(MultiMNIST.protocols["cpu"], examples=3_000, batch_size=32),
