@@ -218,6 +218,7 @@ class Run:
         if cell.protocol.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.method = cell.spec.make(cell.seed)
+        self.method.group = None  # a cell is one process's, also where ranks share a sweep
         self.shared: list[nn.Parameter] = self.model.shared_parameters()  # type: ignore[operator]
         self.heads: list[list[nn.Parameter]] = self.model.head_parameters()  # type: ignore[operator]
         self.optimizer = cell.protocol.make_optimizer(list(self.model.parameters()))
