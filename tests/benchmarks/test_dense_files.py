@@ -299,7 +299,7 @@ PUBLISHED = [
     (name, protocol)
     for name in WRITERS
     for protocol in benchmarks.CLASSES[name].protocols
-    if protocol not in ("quick", "cpu")
+    if protocol not in ("quick", "cpu") and (protocol != "full" or name == "camvid")
 ]
 
 
@@ -311,7 +311,8 @@ def test_four_frames_train_one_epoch_of_every_protocol(name, protocol, tmp_path,
     published = bench.protocols[protocol]
     smaller = dataclasses.replace(
         published,
-        **SMALL,
+        epochs=1,
+        size=(32, 64),
         average=1,
         batch_size=2,
         network=published.network.removesuffix("_pretrained"),  # no weights are downloaded
