@@ -200,6 +200,14 @@ def test_a_contender_that_would_not_fit_is_left_out(monkeypatch):
     assert "are free" in steps.fits(Contender("x", "libmtl", lambda c, r: named("x"), 9), case, CPU)
 
 
+@pytest.mark.gpu
+def test_a_case_is_timed_and_weighed_on_a_gpu():
+    device = torch.device("cuda")
+    found = steps.measure("tiny", "aligned_mtl", device, 3, 60)
+    assert all(row["ms"] > 0 for row in found["rows"] if "ms" in row)
+    assert memory.peak_of_step("tiny", OURS, "aligned_mtl", device) > 0
+
+
 # ------------------------------------------------------------------------------------- the cases
 
 
