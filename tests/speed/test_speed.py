@@ -201,6 +201,7 @@ def test_a_contender_that_would_not_fit_is_left_out(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_case_is_timed_and_weighed_on_a_gpu():
     device = torch.device("cuda")
     found = steps.measure("tiny", "aligned_mtl", device, 3, 60)
