@@ -262,6 +262,20 @@ def test_mtan_whose_masks_are_one_is_segnet():
             assert torch.equal(ours, theirs)
 
 
+def test_mtan_carries_masked_features_down():
+    network = MTAN([3], widths=NARROW).eval()
+    for mask in network.masks_down[0]:
+        nn.init.zeros_(mask[4].weight)
+        nn.init.constant_(mask[4].bias, -200.0)
+    carried = []
+    for carry in network.carry_down:
+        carry.register_forward_pre_hook(lambda _m, x: carried.append(x[0]))
+    with torch.no_grad():
+        network(torch.rand(2, 3, 32, 32))
+    assert len(carried) == 5
+    assert not any(x.any() for x in carried)
+
+
 def heads_of(width):
     return [Enlarged(nn.Conv2d(4 * width, c, 1), 4) for c in (3, 1)]
 
