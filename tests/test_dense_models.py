@@ -298,6 +298,18 @@ def test_cross_stitch_starts_with_shares_that_sum_to_one():
         torch.testing.assert_close(unit[1, 2], torch.full_like(unit[1, 2], 0.05))
 
 
+def test_cross_stitch_mixes_by_rows():
+    first, second = (nn.Conv2d(1, 1, 1, bias=False) for _ in range(2))
+    nn.init.constant_(first.weight, 2.0)
+    nn.init.constant_(second.weight, 5.0)
+    networks = [[first, nn.Identity()], [second, nn.Identity()]]
+    stitched = CrossStitch(networks, [nn.Identity()] * 2, [1])
+    stitched.units[0].data = torch.tensor([[1.0, 2.0], [0.0, 1.0]])[..., None]
+    one, other = stitched(torch.ones(1, 1, 1, 1))
+    assert float(one) == 12.0  # 1 x 2 + 2 x 5
+    assert float(other) == 5.0
+
+
 def test_cross_stitch_with_equal_rows_gives_all_networks_the_same():
     networks = [small_stages(width=4) for _ in range(2)]
     stitched = CrossStitch(networks, [nn.Identity()] * 2, [4, 8], own=0.5).eval()
