@@ -490,6 +490,10 @@ class _Ball:
     def search(self, high: float) -> Array:
         """y of the d on the sphere, where tau is below `high`."""
         low, tau = self.lowest, high
+        guess = self.root(self.alive)  # right where all tasks gain alike
+        if low < guess < high:
+            tau = guess
+            self.free = self.alive[None] if self.free is None else self.free
         for _ in range(100):
             y, distance = self.nearest(tau)
             # Close to a stationary point long y cancel to a short step: no more digits are left.
