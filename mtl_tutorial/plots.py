@@ -12,8 +12,12 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
 
 from . import results
 from .noise import parse_noise
@@ -262,6 +266,57 @@ def _points(axes: Axes, rows: Sequence[results.Row], values: Sequence[tuple[floa
             marker=look["marker"],
             capsize=2,
         )
+
+
+def contact_sheet(
+    images: Tensor, truths: Sequence[Tensor], outputs: Sequence[Tensor], kinds: Sequence[str]
+) -> Figure:
+    """Images with true and predicted maps below each other, one column per image.
+
+    Args:
+        images: (N, 3, H, W), from 0 to 1.
+        truths: true maps of each task, as a benchmark has them.
+        outputs: what the network gives for each task, (N, C, H, W).
+        kinds: "label", "depth" and so on, see `mtl_tutorial.benchmarks.dense`; one output channel
+            of a label map is in or out.
+    """
+    rows: list[tuple[str, list[NDArray[Any]], dict[str, Any]]] = [
+        ("image", list(images.permute(0, 2, 3, 1).numpy()), {})
+    ]
+    for k, (kind, truth, output) in enumerate(zip(kinds, truths, outputs, strict=True)):
+        said, scale = output, {}
+        if kind == "label":
+            n = max(2, output.shape[1])
+            said = output.argmax(1) if output.shape[1] > 1 else (output[:, 0] > 0).long()
+            scale = {"cmap": "tab20", "vmin": 0, "vmax": n - 1, "interpolation": "nearest"}
+        elif kind in ("depth", "disparity"):
+            said, scale = output[:, 0], {"vmin": float(truth.min()), "vmax": float(truth.max())}
+        elif kind == "normal":
+            truth, said = (
+                (F.normalize(m, dim=1).permute(0, 2, 3, 1) + 1).div(2).clamp(0, 1)
+                for m in (truth, output)
+            )
+        else:  # offsets: their length
+            truth, said = truth.norm(dim=1), output.norm(dim=1)
+        void = truth.float().where(truth != -1, torch.nan) if kind == "label" else truth
+        rows += [(f"task {k + 1}, true", list(void.numpy()), scale)]
+        rows += [(f"task {k + 1}, predicted", list(said.numpy()), scale)]
+    height, width = images.shape[-2:]
+    side = 1.5
+    figure, panels = plt.subplots(
+        len(rows),
+        len(images),
+        figsize=(side * len(images) + 1, side * height / width * len(rows)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes, (name, pictures, how) in zip(panels, rows, strict=True):
+        for one, picture in zip(axes, pictures, strict=True):
+            one.imshow(picture, **how)
+            one.set_xticks([])
+            one.set_yticks([])
+        axes[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    return figure
 
 
 def save_all(root: Path, folder: Path) -> list[Path]:

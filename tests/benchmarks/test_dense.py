@@ -1,11 +1,13 @@
 """Augmentation on known geometry, resizing, and the small network."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from test_rooms import empty_room
 from torch.nn import functional as F
 
+from mtl_tutorial import plots
 from mtl_tutorial.benchmarks import dense, rooms
 from mtl_tutorial.benchmarks.rooms import Camera, render
 
@@ -162,3 +164,19 @@ def test_augmented_batches_reach_the_training_loop(monkeypatch):
     assert depth.max() <= stored.max()
     plain = next(bench.data["train"].batches(8, torch.Generator().manual_seed(0)))
     assert not torch.equal(images, plain[0])
+
+
+def test_a_contact_sheet_has_a_column_per_image_and_two_rows_per_map():
+    kinds = ("label", "label", "depth", "normal", "offset")
+    truths = [torch.zeros(3, 8, 12), torch.zeros(3, 8, 12), torch.ones(3, 8, 12)]
+    truths += [torch.rand(3, 3, 8, 12), torch.rand(3, 2, 8, 12)]
+    outputs = [torch.rand(3, c, 8, 12) for c in (4, 1, 1, 3, 2)]
+    outputs[0][:, 2] = 9.0
+    outputs[1] -= 2.0
+    figure = plots.contact_sheet(torch.rand(3, 3, 8, 12), truths, outputs, kinds)
+    panels = np.array(figure.axes).reshape(1 + 2 * len(kinds), 3)
+    shown = [[panel.images[0].get_array() for panel in row] for row in panels]
+    assert (shown[2][0] == 2).all()  # the class with the largest output
+    assert (shown[4][0] == 0).all()  # below zero: not in the class
+    assert np.allclose(shown[5][1], 1)
+    plt.close(figure)
