@@ -117,7 +117,7 @@ def _complaint(result: Any) -> str:
     if not isinstance(result, dict):
         return f"JSON of another kind ({type(result).__name__})"
     if result.get("format") != FORMAT:
-        return f"format {str(result.get('format'))[:20]}"
+        return f"format {str(result.get('format'))[:20]!a}".replace("'", "")
     bad = [name for name, fits in _FIELDS.items() if not fits(result.get(name))]
     if not bad:
         protocol = result["protocol"]
@@ -275,7 +275,7 @@ def best_rate(runs: Sequence[dict[str, Any]]) -> float | None:
     """
     by_seed: dict[int, list[dict[str, Any]]] = {}
     for run in runs:
-        if run["finished"]:
+        if run["finished"] and run["history"]:
             by_seed.setdefault(run["seed"], []).append(run)
     if not by_seed:
         return None

@@ -1,5 +1,6 @@
 """The training loop: every method trains and resumes exactly; sweeps lose and repeat nothing."""
 
+import copy
 import dataclasses
 import json
 import multiprocessing
@@ -45,6 +46,21 @@ def stop_after(epoch, error):
     return progress
 
 
+def stopping_after(n, bench):
+    """The benchmark, but there is no batch after the n-th."""
+    left = iter(range(n))
+
+    def batches(protocol, generator):
+        for batch in type(bench).batches(bench, protocol, generator):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            yield batch
+
+    broken = copy.copy(bench)
+    broken.batches = batches
+    return broken
+
+
 # ----------------------------------------------------------------------------- every method
 
 # Methods whose summed training loss need not fall, with the reason.
@@ -68,10 +84,11 @@ def test_every_method_trains_and_resumes_exactly(method, bench, tmp_path):
         assert last < first
 
     with pytest.raises(KeyboardInterrupt):
-        training.train(what, bench, tmp_path / "broken", stop_after(1, KeyboardInterrupt()))
+        training.train(what, stopping_after(9, bench), tmp_path / "broken", every=0)
     path = what.path(tmp_path / "broken")
     assert not path.exists()
-    assert path.with_suffix(".ckpt").exists()
+    newest, before = (checkpoints.read(file) for file in checkpoints.files(path))
+    assert (newest["epoch"], newest["batch"], before["batch"]) == (1, 3, 2)
     torch.manual_seed(987)  # whatever happened in between
     resumed = training.train(what, bench, tmp_path / "broken")
     assert without_times(resumed) == without_times(whole)
