@@ -246,6 +246,16 @@ def test_pieces_and_lower_precision_go_together(precision):
     )
 
 
+def test_pieces_hand_out_gradients_without_the_scale():
+    weight = torch.ones(3, requires_grad=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    losses = savings.losses_in_pieces(
+        lambda piece: [(weight * piece).sum()], torch.ones(4, 3), 2, [weight], scaler
+    )
+    losses[0].backward()
+    torch.testing.assert_close(weight.grad, torch.full((3,), 2.0))
+
+
 def test_overflow_in_a_piece_skips_the_step():
     run = run_of("aligned_mtl", precision="float16", accumulate=2)
     run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
