@@ -66,7 +66,7 @@ def gram_matrix(rows: Tensor, others: Tensor | None = None) -> Tensor:
     if body:
         left = rows[:, :body].view(k, -1, _BLOCK).transpose(0, 1)
         right = others[:, :body].view(k, -1, _BLOCK).permute(1, 2, 0)
-        total = total + (left @ right).double().sum(0)
+        total = total + (left @ right).sum(0, dtype=torch.float64)
     return (total + total.T) / 2
 
 
