@@ -9,6 +9,7 @@ from filelock import FileLock
 from tiny import Tiny, cell, prepared
 
 from mtl_tutorial import benchmarks, results, training
+from mtl_tutorial.noise import LabelNoise
 
 CPU = torch.device("cpu")
 
@@ -46,7 +47,7 @@ def test_grid_tries_every_rate_with_seed_0_and_trains_the_other_seeds_with_the_b
 
 def test_rate_is_used_and_the_protocols_own_keeps_its_file(tmp_path):
     g = grid("equal", seeds=1)
-    own, other = g.trials(g.specs[0])
+    own, other = g.trials(g.specs[0], tmp_path)
     plain = cell(epochs=1)
     assert own.path(tmp_path) == plain.path(tmp_path) != other.path(tmp_path)
     run = training.Run(other, prepared())
@@ -65,7 +66,7 @@ def test_grid_trains_a_trial_again_whose_process_died(tmp_path):
 
 def test_grid_waits_for_a_trial_that_another_process_is_running(tmp_path):
     g = grid("equal")
-    list(training.sweep(g.trials(g.specs[0])[:1], tmp_path, CPU))
+    list(training.sweep(g.trials(g.specs[0], tmp_path)[:1], tmp_path, CPU))
     cells = g.cells(tmp_path)
     second = [next(cells), next(cells)][1]
     took = []
@@ -77,6 +78,17 @@ def test_grid_waits_for_a_trial_that_another_process_is_running(tmp_path):
         training.train(second, prepared(), tmp_path)
     thread.join(30)
     assert [c.seed for c in took] == [1]
+
+
+def test_with_noise_a_method_keeps_the_rate_that_it_has_on_clean_labels(tmp_path):
+    clean = grid("equal", seeds=2)
+    noisy = dataclasses.replace(clean, noise=LabelNoise("left", 0.5))
+    assert plan(noisy.trials(noisy.specs[0], tmp_path)) == [("equal", 0, r) for r in clean.rates]
+    list(training.sweep(clean.cells(tmp_path), tmp_path, CPU))
+    best = clean.choose(clean.specs[0], tmp_path)
+    outcomes = list(training.sweep(noisy.cells(tmp_path), tmp_path, CPU))
+    assert plan(o.cell for o in outcomes) == [("equal", 0, best), ("equal", 1, best)]
+    assert all(o.result["noise"] == "left:0.5" for o in outcomes)
 
 
 def test_protocol_wants_its_rate_among_those_tried():

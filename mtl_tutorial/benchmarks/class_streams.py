@@ -194,11 +194,11 @@ class Cifar10Rotation(StreamBenchmark):
         "full": Protocol(epochs=30, batch_size=128, lr=2e-3, schedule="cosine"),
         "cpu": Protocol(
             epochs=3,
-            batch_size=32,
+            batch_size=16,
             lr=3e-3,
             schedule="cosine",
             rates=(3e-3, 1e-2),
-            examples=800,
+            examples=600,
         ),
     }
     tasks = tuple(

@@ -1,6 +1,7 @@
 """ExcessMTL: weigh tasks by their excess risk.
 
-He, Zhou, Zhang, Yu, Zhao, Zhao: "Robust Multi-Task Learning with Excess Risks", ICML 2024.
+He, Zhou, Zhang, Yun, Xu, Zeng, Chilimbi, Zhao: "Robust Multi-Task Learning with Excess Risks",
+ICML 2024.
 
 A task with noisy labels keeps a large loss for ever, so weighing by losses feeds the noise. Its
 excess risk, the loss above the best that the model can reach, goes to zero. To second order the
