@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -448,7 +448,8 @@ class Grid:
     """Methods times seeds, each method with a learning rate of its own where rates are tried.
 
     Every rate of the protocol is tried with seed 0; the one with the best validation scores
-    (`results.best_rate`) trains the other seeds.
+    (`results.best_rate`) trains the other seeds. With label noise nothing is tried where the same
+    trials without it are done: a method keeps the rate that it has on clean labels.
     """
 
     benchmark: str
@@ -470,19 +471,23 @@ class Grid:
         """One run of the grid."""
         return Cell(self.benchmark, self.budget, self.protocol, spec, seed, self.noise, lr)
 
-    def trials(self, spec: Spec) -> list[Cell]:
+    def trials(self, spec: Spec, root: Path) -> list[Cell]:
         """The runs with seed 0, one for each rate."""
+        if self.noise is not None:
+            clean = replace(self, noise=None)
+            if all(finished(cell.path(root)) for cell in clean.trials(spec, root)):
+                return [self.cell(spec, 0, clean.choose(spec, root))]
         return [self.cell(spec, 0, lr) for lr in self.rates]
 
     def cells(self, root: Path) -> Iterator[Cell]:
         """All runs, in the order to take them; the later seeds wait for results of the first."""
         for spec in self.specs:
-            yield from self.trials(spec)
+            yield from self.trials(spec, root)
         if self.seeds == 1:
             return
         chosen: dict[str, float] = {}
         for spec in self.specs:
-            for cell in self.trials(spec):
+            for cell in self.trials(spec, root):
                 with FileLock(lock_path(cell, root)):  # until nobody else is running it
                     pass
                 if not cell.path(root).exists():  # who ran it has died
@@ -495,9 +500,10 @@ class Grid:
 
     def choose(self, spec: Spec, root: Path) -> float:
         """The learning rate of a method's later seeds, from the results that are there."""
-        if len(self.rates) == 1:
-            return self.protocol.lr
-        found = [finished(cell.path(root)) for cell in self.trials(spec)]
+        trials = self.trials(spec, root)
+        if len(trials) == 1:
+            return trials[0].rate
+        found = [finished(cell.path(root)) for cell in trials]
         best = results.best_rate([result for result in found if result is not None])
         return self.protocol.lr if best is None else best
 
