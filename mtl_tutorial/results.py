@@ -45,13 +45,13 @@ def identity(benchmark: str, budget: str, protocol: dict[str, Any], run: dict[st
 
 def result_path(root: Path, benchmark: str, budget: str, label: str, seed: int, key: str) -> Path:
     """Where a run's result file lies below the output folder."""
-    folders = [_folder_name(benchmark, ":"), _folder_name(budget, ":"), _folder_name(label)]
+    folders = [_folder_name(text) for text in (benchmark, budget, label)]
     return root.joinpath(*folders) / f"seed{seed}-{key}.json"
 
 
-def _folder_name(text: str, more: str = "") -> str:
-    """A text as the name of one folder: no way up, nothing hidden, not too long for a disk."""
-    safe = "".join(c if c.isalnum() or c in f"-_=.,{more}" else "-" for c in text)
+def _folder_name(text: str) -> str:
+    """A text as the name of one folder on any system: no way up, nothing hidden, not too long."""
+    safe = "".join(c if c.isalnum() or c in "-_=.," else "-" for c in text)
     safe = f"-{safe[1:]}" if safe[:1] in ("", ".") else safe
     if len(safe.encode()) > LONGEST_NAME:  # the file's name tells the runs apart
         safe = safe.encode()[:LONGEST_NAME].decode(errors="ignore")

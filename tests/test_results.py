@@ -51,6 +51,11 @@ def failed(label, seed, why="epoch 1: bad"):
     return result(label, seed, finished=False, failed=why, test=None)
 
 
+def test_folders_have_names_that_every_system_takes():
+    path = results.result_path(Path("out"), "b", "cpu-noise-left:0.4", "imtl:lr=0.1", 0, "abc")
+    assert path.parts == ("out", "b", "cpu-noise-left-0.4", "imtl-lr=0.1", "seed0-abc.json")
+
+
 # ------------------------------------------------------------------------------------ tables
 
 
