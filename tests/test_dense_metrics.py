@@ -26,8 +26,11 @@ def maps(seed, empty=0.3):
     normal *= rng.random((5, 1, 6, 7)) > empty
     for target in (label, depth, normal):
         target[2] = -1 if target is label else 0
+    logits = rng.standard_normal((5, N_CLASSES, 6, 7))
+    if seed % 2:
+        logits[:, -1] = -9  # nor is it predicted
     return {
-        "label": (rng.standard_normal((5, N_CLASSES, 6, 7)), label),
+        "label": (logits, label),
         "depth": (rng.uniform(0, 6, (5, 1, 6, 7)), depth),
         "normal": (rng.standard_normal((5, 3, 6, 7)), normal),
         "binary": (rng.standard_normal((5, 1, 6, 7)), np.minimum(label, 1)),
