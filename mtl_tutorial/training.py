@@ -35,6 +35,9 @@ from .models import count_parameters
 from .noise import LabelNoise
 
 LEVELS = ("parameter", "feature")
+MANY_TASKS = (
+    16  # beyond, a result file keeps every task's numbers of the first and last epoch alone
+)
 CHECKPOINT_SECONDS = 60.0  # at most so much work is done twice after a kill
 
 
@@ -506,6 +509,19 @@ def _tell(message: str) -> None:
     print(message, file=sys.stderr)
 
 
+def thinned(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A history that stays small with many tasks: in between, means in place of K numbers."""
+    if not history or len(history[0]["val"]) <= MANY_TASKS:
+        return history
+    between = []
+    for entry in history[1:-1]:
+        scores = list(entry["val"].values())
+        mean = {m: float(np.mean([score[m] for score in scores])) for m in scores[0]}
+        kept = {k: v for k, v in entry.items() if k not in ("train_losses", "weights", "norms")}
+        between.append({**kept, "val": {f"mean of {len(scores)} tasks": mean}})
+    return [history[0], *between, *history[1:][-1:]]
+
+
 def describe(run: Run, failed: str | None = None) -> dict[str, Any]:
     """The result of a run, as plain data."""
     cell, bench = run.cell, run.benchmark
@@ -528,7 +544,7 @@ def describe(run: Run, failed: str | None = None) -> dict[str, Any]:
         "finished": failed is None,
         "failed": failed,
         "test": None if failed else metrics.mean_scores(run.reported, bench.higher_is_better),
-        "history": run.history,
+        "history": thinned(run.history),
         "parameters": {
             "shared": count_parameters(run.shared),
             "total": count_parameters(run.model.parameters()),

@@ -9,6 +9,7 @@ from filelock import FileLock
 from tiny import Tiny, cell, prepared
 
 from mtl_tutorial import benchmarks, results, training
+from mtl_tutorial.benchmarks import streams
 from mtl_tutorial.noise import LabelNoise
 
 CPU = torch.device("cpu")
@@ -105,3 +106,29 @@ def test_examples_limit_training_and_validation(tmp_path):
     model = bench.model(0)
     some = bench.evaluate(model, "val", 20)
     assert {(v["accuracy"] / 5) % 1 for v in some.values()} == {0}  # twentieths
+
+
+def test_history_of_many_tasks_keeps_every_number_of_the_first_and_last_epoch():
+    def epoch(n, k):
+        val = {f"t{i}": {"error": float(i + n)} for i in range(k)}
+        return {"epoch": n, "weights": [0.1] * k, "norms": [1.0] * k, "train_losses": [2.0] * k} | {
+            "val": val,
+            "cosine": 0.5,
+        }
+
+    few = [epoch(n, 16) for n in range(3)]
+    assert training.thinned(few) == few
+    many = [epoch(n, 17) for n in range(4)]
+    thin = training.thinned(many)
+    assert (thin[0], thin[-1]) == (many[0], many[-1])
+    assert thin[1] == {"epoch": 1, "cosine": 0.5, "val": {"mean of 17 tasks": {"error": 9.0}}}
+    assert training.thinned(many[:1]) == many[:1]
+    assert training.thinned([]) == []
+
+
+def test_streams_have_one_checksum_per_split():
+    parts = {"train/0": "a", "train/1": "b", "test/0": "c"}
+    joined = streams.joined_checksums(parts)
+    assert set(joined) == {"train", "test"}
+    assert joined["train"] != streams.joined_checksums({**parts, "train/1": "x"})["train"]
+    assert joined["test"] == streams.joined_checksums({**parts, "train/1": "x"})["test"]

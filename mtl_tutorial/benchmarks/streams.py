@@ -8,6 +8,7 @@ together cost what equal weighting costs.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -44,6 +45,10 @@ class StreamBenchmark(Benchmark):
             for split, streams in self.load_streams().items()
             for k, data in enumerate(streams)
         }
+
+    def checksums(self) -> dict[str, str]:
+        """SHA-256 of each split: of the lines of its tasks' own checksums."""
+        return joined_checksums(super().checksums())
 
     def _place(self, k: int) -> tuple[str, int]:
         return f"train/{k}", 0
@@ -90,6 +95,14 @@ class StreamBenchmark(Benchmark):
     def probe(self) -> Any:
         firsts = [next(iter(self.data[f"val/{k}"].batches(64))) for k in range(len(self.tasks))]
         return [(inputs, targets[0]) for inputs, targets in firsts]
+
+
+def joined_checksums(of_tasks: dict[str, str]) -> dict[str, str]:
+    """One checksum per split from those of "split/k"."""
+    lines: dict[str, list[str]] = {}
+    for name, checksum in of_tasks.items():
+        lines.setdefault(name.partition("/")[0], []).append(checksum)
+    return {k: hashlib.sha256("\n".join(v).encode()).hexdigest() for k, v in lines.items()}
 
 
 def _path(model: nn.Module, k: int) -> tuple[nn.Module, nn.Module]:
