@@ -459,6 +459,52 @@ def test_a_cell_that_another_process_holds_is_left_to_it(tmp_path):
     assert [o.status for o in training.sweep(cells, tmp_path, CPU)] == ["done", "kept"]
 
 
+@pytest.mark.parametrize("error", [NotImplementedError("no flock here"), OSError(30, "Read-only")])
+def test_a_folder_in_which_nothing_can_be_claimed_is_said(error, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(training.FileLock, "acquire", refuse)
+    with pytest.raises(OSError, match=r"expected to claim a run in .*; choose another folder"):
+        statuses([cell()], tmp_path)
+
+
+def test_a_patient_sweep_does_what_a_dead_process_left(tmp_path):
+    cells = [cell("equal"), cell("dwa")]
+    held = training.claim(cells[0], tmp_path)
+    held.__enter__()
+    sweep = training.sweep(cells, tmp_path, CPU, patient=True)
+    first = next(sweep)
+    assert (first.cell, first.status) == (cells[1], "done")
+    held.__exit__(None, None, None)  # as the system does for a process that died
+    assert [(o.cell, o.status) for o in sweep] == [(cells[0], "done")]
+
+
+def test_lack_of_memory_ends_one_run_and_the_next_sweep_goes_on(tmp_path, monkeypatch):
+    step, steps = training.Run.step, iter(range(99))
+
+    def hungry(run, batch):
+        if run.cell.spec.name == "equal" and next(steps) == 8:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        return step(run, batch)
+
+    cells = [cell("equal"), cell("dwa")]
+    monkeypatch.setattr(training.Run, "step", hungry)
+    assert statuses(cells, tmp_path) == ["failed", "done"]
+    failed = results.read_result(cells[0].path(tmp_path))["failed"]
+    assert failed == "epoch 2: out of memory: CUDA out of memory. Tried to allocate"
+    epochs = []
+    sweep = training.sweep(cells, tmp_path, CPU, lambda _, done, __: epochs.append(done))
+    assert [o.status for o in sweep] == ["done", "kept"]
+    assert epochs == [2]  # from the checkpoint of the first
+
+    monkeypatch.setattr(Tiny, "build", lambda _: torch.empty(2**60))  # not even the network fits
+    others = [cell("mgda"), cells[1]]
+    (outcome, kept) = training.sweep(others, tmp_path, CPU)
+    assert (outcome.status, kept.status) == ("failed", "kept")
+    assert "out of memory" in outcome.result["failed"]
+
+
 # -------------------------------------------------------------------------- specifications
 
 
