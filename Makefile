@@ -13,7 +13,7 @@ DEMO_METHODS := single_task,equal,excess_mtl:warmup=180,aligned_mtl,imtl_g,imtl_
 .DEFAULT_GOAL := help
 # All targets share one environment and one build folder: never two recipes at once.
 .NOTPARALLEL:
-.PHONY: help demo test book lab lint format clean
+.PHONY: help demo test faults book lab lint format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ demo: $(CORE)  ## compare methods on images of two digits (CPU), print and draw 
 test: $(FULL)  ## run the tests, then execute every chapter and compare its checked outputs
 	$(PYTEST) tests --ignore tests/book -n 2
 	$(PYTEST) --nbval-lax --nbval-current-env --nbval-sanitize-with notebooks/nbval_sanitize.cfg --nbval-cell-timeout 300 notebooks
+
+faults: $(FULL)  ## kill, starve and mislead sweeps, counted, in full; writes book/faults.md
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/faults/campaign.py
 
 # From nothing: in an incremental build a page that warned once would pass unseen, and pages of
 # modules that are gone would stay.

@@ -229,11 +229,11 @@ def kills(folder: Path, each: int, chance: random.Random, names: Sequence[str] =
     left = 0
     for index, name in enumerate(names):
         root, log, every = folder / f"kills{index}", folder / f"log{index}", 0 if index % 2 else 60
+        cells, killed = [cell(name, seed=s, epochs=5) for s in range(2)], 0
+        bench_of("tiny")
         began = time.perf_counter()
-        whole = cell(name, seed=0, epochs=5)
-        undisturbed(whole)
+        undisturbed(cells[0])
         usual = time.perf_counter() - began
-        cells, killed = [whole], 0
         while killed < each:
             child = start(cells, root, log, every)
             child.join(chance.uniform(0, usual))
@@ -242,7 +242,7 @@ def kills(folder: Path, each: int, chance: random.Random, names: Sequence[str] =
                 killed += 1
             child.join()
             left += any(c.path(root).with_suffix(".ckpt").exists() for c in cells)
-            if all(training.finished(c.path(root)) for c in cells) and killed < each:
+            if all(training.finished(c.path(root)) for c in cells):
                 cells.append(cell(name, seed=len(cells), epochs=5))
         finish(cells, root, log)
         judge(tally, cells, root, [log])
@@ -514,7 +514,7 @@ def parts(folder: Path, seed: int) -> dict[str, Callable[[], Tally]]:
     return {
         "kills": lambda: kills(folder, 6, chance),
         "disk": lambda: disk_full(folder, sizes),
-        "tmpfs": lambda: tmpfs_full(folder, [1, 4, 8, 12, 20]),
+        "tmpfs": lambda: tmpfs_full(folder, [1, 2, 4, 8, 12]),
         "readonly": lambda: read_only(folder),
         "memory": lambda: memory(folder, [1, 4, 6, 7, 12]),
         "nan": lambda: nan_loss(folder, range(1, 13), some),
