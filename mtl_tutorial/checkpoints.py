@@ -81,7 +81,7 @@ def read(path: Path, device: torch.device | None = None) -> dict[str, Any]:
     try:
         state = torch.load(io.BytesIO(payload), map_location=put, weights_only=True)
     except Exception as error:  # whatever a made-up file makes the unpickler stumble on
-        raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from None
+        raise ValueError(results.one_line(error)) from None
     if not isinstance(state, dict):
         raise ValueError(f"contents of another kind ({type(state).__name__})")
     return state

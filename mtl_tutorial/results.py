@@ -84,6 +84,12 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
         ) from error
 
 
+def one_line(error: BaseException) -> str:
+    """What an exception says, short enough for a table and without what moves a cursor."""
+    text = "".join(c if c.isprintable() else " " for c in str(error))
+    return " ".join(text.split())[:200] or type(error).__name__
+
+
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """Write a result file atomically; NaN becomes null."""
     text = json.dumps(_plain(result), indent=1, allow_nan=False)
@@ -336,7 +342,8 @@ class Table:
     synthetic: bool
     noise: str | None = None
     remark: str | None = None
-    rates: list[float] = field(default_factory=list)  # learning rates tried, if more than one
+    rates: list[float] = field(default_factory=list)  # all learning rates of the runs
+    tried: bool = False  # whether a method's rate was chosen among several
 
     def holds(self, result: dict[str, Any]) -> bool:
         """Whether a result belongs to this table."""
@@ -349,8 +356,8 @@ class Table:
         made_up = " (synthetic)" if self.synthetic else ""
         made_up += f" ({self.remark})" if self.remark else ""
         made_up += f", label noise {self.noise}" if self.noise else ""
-        rate = f"lr {p['lr']:g}"
-        if self.rates:
+        rate = "lr " + (" or ".join(f"{r:g}" for r in self.rates) or f"{p['lr']:g}")
+        if self.tried:
             rate = f"lr of {', '.join(f'{r:g}' for r in self.rates)} by validation with seed 0"
         few = f", {p['examples']} training examples a task" if p.get("examples") else ""
         note = f" ({p['note']})" if p.get("note") else ""
@@ -444,17 +451,18 @@ def _table(every: list[dict[str, Any]]) -> Table:
         protocol=first["protocol"],
         metrics=higher,
         rows=rows,
-        devices=sorted({r.get("device", {}).get("name", "unknown device") for r in results}),
+        devices=sorted({(r.get("device") or {}).get("name", "unknown device") for r in results}),
         versions=sorted({_versions(r) for r in results}),
         synthetic=bool(first.get("synthetic")),
         noise=first.get("noise"),
         remark=first.get("remark"),
-        rates=rates if len(rates) > 1 else [],
+        rates=rates,
+        tried=len(every) > len(results),
     )
 
 
 def _versions(result: dict[str, Any]) -> str:
-    versions = result.get("versions", {})
+    versions = result.get("versions") or {}
     return f"mtl_tutorial {versions.get('mtl_tutorial', '?')}, torch {versions.get('torch', '?')}"
 
 
@@ -529,7 +537,7 @@ def cells(table: Table) -> tuple[list[str], list[list[str]]]:
     if any(not math.isnan(row.against_equal[0]) for row in table.rows):
         shown.append(("vs equal % ↓", lambda row: _pm(row.against_equal)))
     shown.append(("mean rank ↓", lambda row: _number(row.mean_rank, ".1f")))
-    if table.rates:
+    if len(table.rates) > 1:
         shown.append(("lr", lambda row: f"{row.lr:g}" if row.seeds else ""))
     shown.append(("s/epoch", lambda row: _number(row.seconds, ".2f")))
     if any(not math.isnan(row.peak_memory) for row in table.rows):

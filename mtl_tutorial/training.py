@@ -449,7 +449,7 @@ def train(
     except Exception as error:
         if not out_of_memory(error):
             raise
-        raise MemoryError(_one_line(error)) from None
+        raise MemoryError(results.one_line(error)) from None
 
     def save() -> None:
         checkpoints.write(checkpoint, run.state_dict())
@@ -463,11 +463,11 @@ def train(
             if progress is not None:
                 progress(run.epoch, cell.protocol.epochs)
     except FloatingPointError as error:
-        failed = f"epoch {run.epoch + 1}: {_one_line(error)}"
+        failed = f"epoch {run.epoch + 1}: {results.one_line(error)}"
     except Exception as error:
         if not out_of_memory(error):
             raise
-        failed, keep = f"epoch {run.epoch + 1}: out of memory: {_one_line(error)}", True
+        failed, keep = f"epoch {run.epoch + 1}: out of memory: {results.one_line(error)}", True
     result = describe(run, failed)
     results.write_result(path, result)
     if not keep:
@@ -486,7 +486,7 @@ def resumed(cell: Cell, benchmark: Benchmark, path: Path) -> Run:
             if out_of_memory(error):
                 raise
             then = "starting this run anew" if file == files[-1] else "trying the one before it"
-            _tell(f"checkpoint {file} unreadable ({_one_line(error)}); {then}")
+            _tell(f"checkpoint {file} unreadable ({results.one_line(error)}); {then}")
             continue
         return run
     return Run(cell, benchmark)
@@ -497,11 +497,6 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
-
-
-def _one_line(error: BaseException) -> str:
-    """What an exception says, short enough for a table."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _tell(message: str) -> None:
@@ -730,7 +725,7 @@ def sweep(
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            return Outcome(cell, "failed", {"failed": f"out of memory: {_one_line(error)}"})
+            return Outcome(cell, "failed", {"failed": f"out of memory: {results.one_line(error)}"})
 
     left = []
     for cell in cells:

@@ -55,12 +55,14 @@ class Fragile(Tiny):
     nan_at = 0  # the training batch whose loss is not a number, counted from 1; 0: none
     hungry_at = 0  # the training batch that needs 64 GB
     seen = 0
+    last: torch.Tensor | None = None
 
     @staticmethod
     def second(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         loss = F.cross_entropy(output, target)
         if len(target) == Tiny.protocols["quick"].batch_size:
-            Fragile.seen += 1
+            if target is not Fragile.last:  # some methods look at a batch more than once
+                Fragile.seen, Fragile.last = Fragile.seen + 1, target
             if Fragile.seen == Fragile.nan_at:
                 return loss * float("nan")
             if Fragile.seen == Fragile.hungry_at:
@@ -75,7 +77,7 @@ class Fragile(Tiny):
         """Fragile as told, and counting from the start."""
         for name, value in what.items():
             setattr(cls, name, value)
-        cls.seen = 0
+        cls.seen, cls.last = 0, None
         yield
         cls.nan_at = cls.hungry_at = 0
 

@@ -31,7 +31,7 @@ SHORT = {
     "nan": lambda folder: campaign.nan_loss(folder, [3], ["aligned_mtl"]),
     "sweeps": lambda folder: campaign.two_sweeps(folder, 1, random.Random(0)),
     "clock": lambda folder: campaign.clock_back(folder, 1, random.Random(0)),
-    "results": lambda folder: campaign.results_cut(folder, 2000),
+    "results": lambda folder: campaign.results_cut(folder, 900),
     "checkpoints": lambda folder: campaign.checkpoints_cut(folder, 1009, 60),
 }
 
