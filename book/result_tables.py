@@ -36,20 +36,20 @@ the mean rank is over all metrics of the table and leaves the single-task row ou
 the order of their mean rank, which with three seeds is no order of merit: look at the deviations
 first.
 
-All methods of a table share one protocol and run with their default settings unless the label names
-others. Where a header names several learning rates, each was tried for every method with seed 0, and
-the one with the best validation scores trained the other seeds; with label noise a method keeps the
-rate that it has without. MultiDigits has one rate for all: a method whose steps have another length,
-or which steps more often per batch, may want another. Cross-learning keeps a copy of the parameters
-per task: its row scores the centre of the copies.
+All methods of a table share one protocol and run with their default settings unless the label
+names others. Where a header names several learning rates, each was tried for every method with
+seed 0, and the one with the best validation scores trained the other seeds; with label noise a
+method keeps the rate that it has without. MultiDigits has one rate for all: a method whose steps
+have another length, or which steps more often per batch, may want another. Cross-learning keeps
+a copy of the parameters per task: its row scores the centre of the copies.
 
 The column "vs equal" compares with equal weighting under the same seed: it is $\\Delta m$ against
 that run, mean and deviation over the seeds, so what a seed does to all methods alike drops out.
 
-The budgets called `cpu` are small on purpose: all runs of this page were made on two CPU cores, many
-at a time on a machine that did other work as well, which shows in the seconds per epoch. NGDiff is
-made for forgetting one task while another is kept; its row shows what it does where both should be
-learnt.
+The budgets called `cpu` are small on purpose: all runs of this page were made on two CPU cores,
+many at a time on a machine that did other work as well, which shows in the seconds per epoch.
+NGDiff is made for forgetting one task while another is kept; its row shows what it does where
+both should be learnt.
 """
 
 
