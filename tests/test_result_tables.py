@@ -102,6 +102,7 @@ def test_published_section_is_blank_until_there_is_a_run():
 
 def test_published_section_shows_a_run_that_is_there():
     found, _ = results.load_results(result_tables.STORE)
+    found = [run for run in found if run["benchmark"] == "multidigits"]
     table = next(t for t in results.tables(found) if any(r.label == "famo" for r in t.rows))
     table = replace(table, benchmark="nyuv2", budget="mtan")
     famo = next(row for row in table.rows if row.label == "famo")
