@@ -295,7 +295,8 @@ def best_rate(runs: Sequence[dict[str, Any]]) -> float | None:
 
 
 def _rate(run: dict[str, Any]) -> float:
-    return float(run.get("lr", run["protocol"]["lr"]))
+    own = run.get("lr")
+    return float(run["protocol"]["lr"] if own is None else own)
 
 
 def with_best_rates(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -451,7 +452,7 @@ def _table(every: list[dict[str, Any]]) -> Table:
         protocol=first["protocol"],
         metrics=higher,
         rows=rows,
-        devices=sorted({(r.get("device") or {}).get("name", "unknown device") for r in results}),
+        devices=sorted({_device(r) for r in results}),
         versions=sorted({_versions(r) for r in results}),
         synthetic=bool(first.get("synthetic")),
         noise=first.get("noise"),
@@ -459,6 +460,10 @@ def _table(every: list[dict[str, Any]]) -> Table:
         rates=rates,
         tried=len(every) > len(results),
     )
+
+
+def _device(result: dict[str, Any]) -> str:
+    return str((result.get("device") or {}).get("name") or "unknown device")
 
 
 def _versions(result: dict[str, Any]) -> str:
