@@ -580,6 +580,20 @@ def test_devices():
     assert training.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def test_processes_of_torchrun_know_their_number_and_take_a_gpu_each(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert training.launched() == (0, 1)
+    assert training.pick_device("auto") == torch.device("cuda")
+    for name, value in (("RANK", "7"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "3")):
+        monkeypatch.setenv(name, value)
+    assert training.launched() == (7, 8)
+    assert training.pick_device("cuda") == torch.device("cuda", 1)  # two share a GPU
+    assert training.pick_device("cpu") == torch.device("cpu")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_missing_cuda_device_is_said():
     with pytest.raises(ValueError, match="found none; use --device cpu"):
