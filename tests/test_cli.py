@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -392,3 +393,30 @@ def test_progress_bars_on_a_terminal(tmp_path):
     assert out.splitlines()[0] == f"2 of 2 runs are done; results in {tmp_path}"
     assert "\x1b" not in out
     assert "━" not in out
+
+
+def test_the_first_process_of_torchrun_waits_and_prints_what_all_did(call, tmp_path, monkeypatch):
+    what = training.Cell("tiny", "quick", Tiny.protocols["quick"], training.parse_spec("equal"), 0)
+    arguments = ("run", "tiny", "--methods", "equal", "--seeds", 1, "--device", "cpu")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    held = threading.Event()
+
+    def other():
+        with training.claim(what, tmp_path):
+            held.set()
+            time.sleep(1)
+
+    for rank, said in (
+        ("1", "rank 1: 0 of 1 runs were done here\n"),
+        ("0", "1 of 1 runs are done"),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        thread = threading.Thread(target=other)
+        thread.start()
+        held.wait(10)
+        code, out, err = call(*arguments, "--out", tmp_path)
+        thread.join()
+        held.clear()
+        assert (code, err) == (0, "")
+        assert said in out
+        assert ("tiny, budget quick" in out) == (rank == "0")
