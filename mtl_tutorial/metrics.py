@@ -14,6 +14,11 @@ import torch
 from torch import Tensor
 
 
+def added(a: Tensor, b: Tensor) -> Tensor:
+    """Statistics of two parts together, where they are sums."""
+    return a + b
+
+
 @dataclass(frozen=True)
 class Metric:
     """One number of one task.
@@ -30,7 +35,7 @@ class Metric:
     higher_is_better: bool
     statistics: Callable[[Tensor, Tensor], Tensor]
     finish: Callable[[Tensor], float]
-    merge: Callable[[Tensor, Tensor], Tensor] = torch.add
+    merge: Callable[[Tensor, Tensor], Tensor] = added
 
 
 def ratio(total: Tensor) -> float:
