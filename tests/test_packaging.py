@@ -120,6 +120,14 @@ def test_each_dependency_has_a_bound():
     assert [r.name for r in _requirements() if not r.specifier] == []
 
 
+def test_extras_are_spelt_as_metadata_spells_them():
+    # The pip that comes with Python 3.11 takes `a_b` for an extra other than `a-b`, warns, and
+    # installs neither.
+    extras = [extra for requirement in _requirements() for extra in requirement.extras]
+    assert extras
+    assert [extra for extra in extras if extra != canonicalize_name(extra)] == []
+
+
 def test_version_is_the_same_everywhere():
     assert "version" in PROJECT["dynamic"]
     assert PYPROJECT["tool"]["setuptools"]["dynamic"]["version"] == {

@@ -502,7 +502,7 @@ EASY = [J2, J3, equal_angles(vector(1, 2, 1.5), 5, 0.3, 0)]
 
 def torchjd_method(name: str) -> aggregation.Aggregator:
     if name in ("upgrad", "dualproj"):
-        reason = "torchjd's projections need its extra quadprog_projector"
+        reason = "torchjd's projections need its extra quadprog-projector"
         pytest.importorskip("quadprog", reason=reason)
         pytest.importorskip("qpsolvers", reason=reason)
     if name == "cagrad":
