@@ -2,7 +2,7 @@
 
 Usage::
 
-    python book/execute.py notebooks/01_conflicting_gradients.ipynb ...
+    python book/execute.py notebooks/02_conflicting_gradients.ipynb ...
     python book/execute.py              # every chapter in notebooks/, in order
 
 Chapters run one after the other, each in a fresh kernel and with the environment of this process:
