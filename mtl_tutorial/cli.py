@@ -12,6 +12,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -406,13 +407,24 @@ def _sentence(outcome: Outcome) -> str:
     assert result is not None
     if outcome.status == "failed":
         return f"{what}: failed, {result['failed']}"
-    scores = ", ".join(
-        f"{task} {metric} {'none' if value is None else f'{value:.2f}'}"
-        for task, metrics in result["test"].items()
-        for metric, value in metrics.items()
-    )
+    scores = ", ".join(f"{n} {'none' if v is None else f'{v:.2f}'}" for n, v in _scores(result))
     kept = " (done before)" if outcome.status == "kept" else f" ({result['seconds']:.1f} s)"
     return f"{what}: {scores}{kept}"
+
+
+def _scores(result: dict[str, Any]) -> list[tuple[str, float | None]]:
+    """Test scores and their names; of many tasks, each metric's mean over those that have it."""
+    from .results import MOST_COLUMNS
+
+    test = result["test"]
+    every = [(f"{t} {m}", value) for t, metrics in test.items() for m, value in metrics.items()]
+    if len(every) <= MOST_COLUMNS:
+        return every
+    of_metric: dict[str, list[float]] = {}
+    for metrics in test.values():
+        for m, value in metrics.items():
+            of_metric.setdefault(m, []).extend([] if value is None else [value])
+    return [(f"{m}, mean of {len(v)} tasks", fmean(v) if v else None) for m, v in of_metric.items()]
 
 
 def _grid(rows: list[dict[str, Any]]) -> str:

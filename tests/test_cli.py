@@ -420,3 +420,11 @@ def test_the_first_process_of_torchrun_waits_and_prints_what_all_did(call, tmp_p
         assert (code, err) == (0, "")
         assert said in out
         assert ("tiny, budget quick" in out) == (rank == "0")
+
+
+def test_many_scores_are_averaged_in_the_line_of_a_run():
+    few = {"left": {"accuracy": 50.0}, "right": {"accuracy": None}}
+    assert cli._scores({"test": few}) == [("left accuracy", 50.0), ("right accuracy", None)]
+    many = {f"task {k}": {"error": float(k), "F1": None} for k in range(9)}
+    want = [("error, mean of 9 tasks", 4.0), ("F1, mean of 0 tasks", None)]
+    assert cli._scores({"test": many}) == want

@@ -408,3 +408,11 @@ def test_helmholtz_learns_and_refuses_single_task():
     single = training.Cell("helmholtz", "quick", protocol, training.parse_spec("single_task"), 0)
     with pytest.raises(ValueError, match="single_task"):
         training.Run(single, bench)
+
+
+def test_photographs_shrink_by_means_of_equal_windows():
+    images = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).view(2, 3, 4, 4)
+    small = class_streams.shrink(images, (2, 2))
+    assert small.dtype == torch.uint8 and small.shape == (2, 3, 2, 2)
+    assert small[0, 0].tolist() == [[2, 4], [10, 12]]  # of 2.5, 4.5, 10.5, 12.5: to the even one
+    assert torch.equal(class_streams.shrink(images, (4, 4)), images)
