@@ -351,6 +351,25 @@ def test_equal_is_the_mean_or_the_sum():
     close(Equal(reduction="sum").direction(G2, losses=vector(1, 2)), G2.sum(0))
 
 
+def test_equal_with_a_preference_is_the_weighted_mean_or_sum():
+    losses = vector(1, 2)
+    close(Equal(preference=[1, 3]).direction(G2, losses=losses), 0.25 * G2[0] + 0.75 * G2[1])
+    summed = Equal(reduction="sum", preference=[1, 3])
+    close(summed.direction(G2, losses=losses), G2[0] + 3 * G2[1])
+    close(Equal(preference=[0, 2]).weights(losses), vector(0, 1))
+
+
+def test_equal_with_a_preference_takes_the_entries_of_the_present_tasks():
+    method, model = Equal(preference=[1, 2, 3]), Linear(torch.eye(3, dtype=torch.float64))
+    first, second, third = model()
+    info = method.backward([first, second.detach(), third], shared=model.shared)
+    close(info.weights, vector(0.25, 0, 0.75))
+    first, second, third = model()
+    alone = Equal(preference=[1, 0, 0])
+    info = alone.backward([first.detach(), second, third], shared=model.shared)
+    close(info.weights, vector(0, 0, 0))
+
+
 def test_hybrid_toy_has_the_gradients_of_its_formula():
     model = Hybrid()
     r = [model.h[k] * (model.a[k] @ model.theta) - model.y[k] for k in range(2)]

@@ -462,6 +462,9 @@ def test_excess_refuses_another_number_of_parameters():
         (ExcessMTL, {"warmup": 0}),
         (ExcessMTL, {"warmup": 1.5}),
         (Equal, {"reduction": "max"}),
+        (Equal, {"preference": [-1, 2]}),
+        (Equal, {"preference": [0, 0]}),
+        (Equal, {"preference": []}),
     ],
 )
 def test_bad_settings_are_refused(cls, settings):
@@ -469,9 +472,10 @@ def test_bad_settings_are_refused(cls, settings):
         cls(**settings)
 
 
-def test_preference_must_have_one_entry_per_task():
+@pytest.mark.parametrize("method", [AlignedMTL, Equal])
+def test_preference_must_have_one_entry_per_task(method):
     with pytest.raises(ValueError, match="a preference for each of 3 tasks, got 2"):
-        AlignedMTL(preference=[1, 1]).direction(gaussian(3, 4, 0))
+        method(preference=[1, 1]).direction(gaussian(3, 4, 0), losses=torch.ones(3))
 
 
 # ------------------------------------------------------------------------------ behaviour table
