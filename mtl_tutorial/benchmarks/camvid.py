@@ -162,13 +162,13 @@ class CamVid(DenseBenchmark):
         "quick": Protocol(epochs=2, batch_size=4, lr=1e-2, size=(60, 80), examples=120),
         "full": PASCAL_SEGMENTATION,
         "cpu": Protocol(
-            epochs=20,
-            batch_size=8,
-            lr=2e-3,
+            epochs=4,
+            batch_size=4,
+            lr=1e-3,
             schedule="cosine",
-            size=(90, 120),
-            rates=(5e-4, 2e-3),
-            note="90x120 pixels, small network",
+            size=(60, 80),
+            rates=(1e-3, 4e-3),
+            note="60x80 pixels",
         ),
     }
 

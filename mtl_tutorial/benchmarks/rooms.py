@@ -594,6 +594,9 @@ class Rooms(DenseBenchmark):
         "full": Protocol(
             epochs=60, batch_size=8, lr=1e-3, schedule="cosine", size=(96, 128), augment=True
         ),
+        "cpu": Protocol(
+            epochs=6, batch_size=8, lr=1e-3, schedule="cosine", rates=(1e-3, 4e-3), examples=400
+        ),
     }
 
     def load(self) -> Splits:
