@@ -170,8 +170,9 @@ class GeNLR:
             optimizer.state.clear()
             optimizer.state.update(state)
         found = torch.stack(losses)
-        if self.group is not None and torch.distributed.is_available():
-            from ..parallel import ranks_of
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self.group is not None and several:
+            from ..parallel import ranks_of  # here, so that this file by itself needs torch alone
 
             ranks = ranks_of(self.group)
             if ranks is not None:
