@@ -387,7 +387,9 @@ def _unusual(protocol: dict[str, Any]) -> list[str]:
         "channels last" if protocol.get("channels_last") else "",
         f"batches in {pieces} pieces" if pieces > 1 else "",
         "figures per batch as in the papers" if protocol.get("evaluation") == "papers" else "",
-        "Delta m over tasks" if protocol.get("delta_m") == "tasks" else "",
+        {"tasks": "Delta m over tasks", "first": "Delta m over each task's first measure"}.get(
+            protocol.get("delta_m", ""), ""
+        ),
     ]
     return [text for text in said if text]
 
@@ -416,6 +418,7 @@ def _table(every: list[dict[str, Any]]) -> Table:
     ranked = [k for k in means if k != BASELINE]
     ranks = dict(zip(ranked, mean_rank([means[k] for k in ranked], higher), strict=True))
     by_task = first["protocol"].get("delta_m") == "tasks"
+    judged = _judged(first["protocol"], higher)
     rows = []
     for label, runs in labels.items():
         scores = {
@@ -423,9 +426,9 @@ def _table(every: list[dict[str, Any]]) -> Table:
             for task, ms in higher.items()
         }
         tests = [mean_scores([r["test"]], higher) for r in done[label]]  # null becomes NaN
-        drops = [delta_m(test, baseline, higher, by_task) for test in tests] if baseline else []
+        drops = [delta_m(test, baseline, judged, by_task) for test in tests] if baseline else []
         pairs = [
-            delta_m(test, mean_scores([reference[r["seed"]]], higher), higher, by_task)
+            delta_m(test, mean_scores([reference[r["seed"]]], higher), judged, by_task)
             for r, test in zip(done[label], tests, strict=True)
             if r["seed"] in reference and label != REFERENCE
         ]
@@ -460,6 +463,15 @@ def _table(every: list[dict[str, Any]]) -> Table:
         rates=rates,
         tried=len(every) > len(results),
     )
+
+
+def _judged(
+    protocol: dict[str, Any], higher: dict[str, dict[str, bool]]
+) -> dict[str, dict[str, bool]]:
+    """The metrics that Delta m takes in: all, or each task's first."""
+    if protocol.get("delta_m") != "first":
+        return higher
+    return {task: dict(list(metrics.items())[:1]) for task, metrics in higher.items()}
 
 
 def _device(result: dict[str, Any]) -> str:
@@ -537,7 +549,7 @@ def cells(table: Table) -> tuple[list[str], list[list[str]]]:
     """
     shown: list[tuple[str, Callable[[Row], str]]] = [("method", lambda row: row.label)]
     for name, up, value in columns(table):
-        shown.append((f"{name} {'↑' if up else '↓'}", _text_of(value)))
+        shown.append((f"{name} {'↑' if up else '↓'}", _text_of(value, table.rows)))
     shown.append(("Delta m % ↓", lambda row: _pm(row.delta_m)))
     if any(not math.isnan(row.against_equal[0]) for row in table.rows):
         shown.append(("vs equal % ↓", lambda row: _pm(row.against_equal)))
@@ -551,8 +563,11 @@ def cells(table: Table) -> tuple[list[str], list[list[str]]]:
     return [name for name, _ in shown], [[text(row) for _, text in shown] for row in table.rows]
 
 
-def _text_of(value: Callable[[Row], Pair]) -> Callable[[Row], str]:
-    return lambda row: _pm(value(row))
+def _text_of(value: Callable[[Row], Pair], rows: Sequence[Row]) -> Callable[[Row], str]:
+    """A column's text: two decimals, or four where every mean is below 0.1 in size."""
+    sizes = [abs(value(row)[0]) for row in rows]
+    small = all(math.isnan(size) or size < 0.1 for size in sizes) and any(s > 0 for s in sizes)
+    return lambda row: _pm(value(row), 4 if small else 2)
 
 
 def _number(value: float, form: str) -> str:
@@ -602,8 +617,9 @@ def render(table: Table, form: str = "text") -> str:
     return "\n".join(lines)
 
 
-def _pm(pair: Pair) -> str:
+def _pm(pair: Pair, decimals: int = 2) -> str:
     mean, std = pair
     if math.isnan(mean):
         return ""
-    return f"{mean:.2f}" if math.isnan(std) else f"{mean:.2f} ± {std:.2f}"
+    text = f"{mean:.{decimals}f}"
+    return text if math.isnan(std) else f"{text} ± {std:.{decimals}f}"

@@ -178,6 +178,33 @@ def test_null_scores_are_blank_and_no_error():
     assert all(render(table, form) for form in results.TABLE_FORMATS)
 
 
+def test_delta_m_over_the_first_measure_of_each_task_where_the_protocol_says_so():
+    metrics = {"a": {"f1": True, "acc": True}, "b": {"f1": True, "acc": True}}
+
+    def run(label, a, b):
+        changes = {"metrics": metrics, "test": {"a": a, "b": b}}
+        made = result(label, 0, 0, 0, **changes)
+        return made | {"protocol": made["protocol"] | {"delta_m": "first"}}
+
+    base = run("single_task", {"f1": 50, "acc": 90}, {"f1": 40, "acc": 80})
+    equal = run("equal", {"f1": 55, "acc": 9}, {"f1": 38, "acc": 8})
+    other = run("x", {"f1": 44, "acc": 1}, {"f1": 57, "acc": 2})
+    (table,) = tables([base, equal, other])
+    rows = {row.label: row for row in table.rows}
+    assert rows["equal"].delta_m[0] == pytest.approx(100 * (-0.1 + 0.05) / 2)
+    assert rows["x"].against_equal[0] == pytest.approx(100 * (0.2 - 0.5) / 2)
+    assert "Delta m over each task's first measure" in table.title
+
+
+def test_a_column_of_small_numbers_shows_four_decimals():
+    runs = [result("single_task", 0, 80, 0.0126), result("single_task", 1, 80, 0.0124)]
+    runs += [result("x", 0, 0.05, 0.0155)]
+    (table,) = tables(runs)
+    text = results.render(table)
+    assert "0.0125 ± 0.0001" in text and "0.0155" in text
+    assert "80.00 ± 0.00" in text and "0.05" in text  # one large mean keeps the column at two
+
+
 def test_no_delta_m_without_baseline_runs_or_where_it_means_nothing():
     for runs in (
         [result("x")],

@@ -42,7 +42,7 @@ _CHOICES = {
     "optimizer": ("adam", "sgd"),
     "schedule": ("constant", "cosine", "poly", "step"),
     "report": ("last", "best"),
-    "delta_m": ("metrics", "tasks"),
+    "delta_m": ("metrics", "tasks", "first"),
     "evaluation": ("", "papers"),
     "precision": ("float32", "bfloat16", "float16"),
 }
@@ -68,7 +68,8 @@ class Protocol:
             validation; 0 for all.
         steps, decay: of the schedule "step".
         average: with "last", the mean of the test scores after this many last epochs.
-        delta_m: what Delta m averages: all "metrics" alike, or "tasks", each the mean over its own.
+        delta_m: what Delta m averages: all "metrics" alike; "tasks", each the mean over its own; or
+            the "first" metric of each task.
         network, single_network: names of the network and of the single-task baseline's, for a
             benchmark that has several; empty for its only one, and for the same.
         size: height and width of the images, for a benchmark that has several sizes.

@@ -10,7 +10,8 @@ research) in torchvision's layout below the data folder, with the official split
 
 torchvision checks the text files against their published sums. Images are read and resized batch by
 batch. Each task has two measures: F1, which FAMO and its followers compare, and accuracy, which
-IMTL prints; Delta m is over both, so it is not the published one over F1 alone.
+IMTL prints; Delta m is over F1 alone in the protocol "famo", as that paper prints it, and over both
+elsewhere.
 """
 
 from __future__ import annotations

@@ -90,6 +90,7 @@ _FAMO = Protocol(
     report="best",
     network="celeba_net",
     size=(64, 64),
+    delta_m="first",
     note="FAMO's code; the epoch with the best mean F1 on validation images",
 )
 
@@ -100,6 +101,7 @@ CELEBA: dict[str, Protocol] = {
         lr=1e-3,
         rates=(1e-4, 5e-4, 1e-3),
         network="celeba_net_pascal",
+        delta_m="metrics",
         note="The code of Pascal et al., whose commands take 1e-3 for joint, 5e-4 or 1e-4 for "
         "independent updates; it picks the epoch by the summed validation loss, here by F1",
     ),
