@@ -47,9 +47,7 @@ class MultiDigits(Benchmark):
     source = "scikit-learn load_digits (UCI optical digits, CC BY 4.0), overlaid as in MultiMNIST"
     protocols: ClassVar[dict[str, Protocol]] = {
         "quick": Protocol(epochs=12, batch_size=100, lr=2e-3),
-        "full": Protocol(
-            epochs=60, batch_size=100, lr=2e-3, schedule="cosine", rates=(2e-3, 6e-3)
-        ),
+        "full": Protocol(epochs=60, batch_size=100, lr=2e-3, schedule="cosine", rates=(2e-3, 6e-3)),
     }
     tasks = (
         Task("left", F.cross_entropy, (ACCURACY,), n_classes=10),
