@@ -29,6 +29,7 @@ from torch import Tensor
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
+_EXCHANGES = 12  # rounds of `_Ball.exchange`
 _PATIENCE = 3  # block exchanges without progress before single ones take over
 
 # What is not finite is sorted out where it matters, as torch does it.
@@ -136,17 +137,20 @@ def _pivot(unit: Array, q: Array, alive: Mask, free: Mask, eps: float) -> tuple[
 def _solve_on(unit: Array, q: Array, free: Mask, eps: float) -> Array:
     """Solve ``A_FF x_F = -q_F`` for each row of q (B, K) and of the masks F (B, K); zero outside.
 
-    The ridge lets a singular A_FF be factorised; one step of refinement takes out its effect on
-    everything but the null space, which the gradients do not see.
+    One mask (1, K) holds for all rows. The ridge lets a singular A_FF be factorised; one step of
+    refinement takes out its effect on everything but the null space, which the gradients do not
+    see.
     """
     k = len(unit)
     mask = free.astype(np.float64)
     system = unit * (mask[:, :, None] * mask[:, None, :])
-    system.reshape(len(q), k * k)[:, :: k + 1] += 1 - mask + 4 * k * eps
+    system.reshape(len(free), k * k)[:, :: k + 1] += 1 - mask + 4 * k * eps
     # Torch factorises a whole batch in one call, and does not raise where that fails.
     factor, _ = torch.linalg.cholesky_ex(torch.from_numpy(system))
 
     def solve(right: Array) -> Array:
+        if len(free) == 1:
+            return torch.cholesky_solve(torch.from_numpy(right.T), factor[0]).numpy().T
         return torch.cholesky_solve(torch.from_numpy(right[..., None]), factor)[..., 0].numpy()
 
     x = solve(-q * mask)
@@ -452,7 +456,8 @@ def _max_min_weights(gram: Array, c: float, eps: float) -> Array:
         return mean
     ball = _Ball(gram, c, eps)
     if ball.alive.all():  # a zero gradient is a point of the hull
-        weights = mean + ball.search(ball.highest)
+        y = ball.exchange()
+        weights = mean + (ball.search(ball.highest) if y is None else y)
         if _descends(gram, weights, ball.norms.max(), eps):
             return weights
     if not _is_stationary(gram, _min_norm_weights(gram, eps), eps):
@@ -485,7 +490,42 @@ class _Ball:
         q = ((self.inner - tau) * self.inverse)[None]
         guess = (q < 0) & self.alive if self.free is None else self.free  # F changes little
         s, self.free = _pivot(self.unit, q, self.alive, guess, self.eps)
-        return s[0] * self.inverse, np.sqrt(np.maximum(s[0] @ self.unit @ s[0], 0.0))
+        return self.length(s[0])
+
+    def exchange(self) -> Array | None:
+        """y of the d on the sphere, by exchanging tasks and tau at once; None if that cycles.
+
+        What is returned meets the optimality conditions, as the answer alone does. A few rounds
+        are enough but for rare problems of many tasks.
+        """
+        right = np.stack([self.inverse, self.inner * self.inverse])
+        free = self.alive & (self.inner < self.highest)
+        for _ in range(_EXCHANGES):
+            one, mean = solved = _solve_on(self.unit, -right, free[None], self.eps)
+            (a, b), (_, c) = (right * free) @ solved.T
+            # Where this F cannot reach the sphere: the tau at which it comes nearest.
+            tau = (b + np.sqrt(np.maximum(b**2 - a * (c - self.radius**2), 0.0))) / a
+            s = tau * one - mean
+            q = (self.inner - tau) * self.inverse
+            wrong = _violations(self.unit, q[None], s[None], free[None], self.eps)[0]
+            if not wrong.any():
+                y, distance = self.length(s)
+                return y * (self.radius / distance) if self.close(y, distance) else None
+            if not np.isfinite(tau):
+                return None
+            free = free ^ wrong
+        return None
+
+    def length(self, s: Array) -> tuple[Array, float]:
+        """y and the length of ``sum_k y_k g_k``, from its weights in terms of unit gradients."""
+        s = np.maximum(s, 0)
+        return s * self.inverse, float(np.sqrt(np.maximum(s @ self.unit @ s, 0.0)))
+
+    def close(self, y: Array, distance: float) -> bool:
+        """Whether a distance is the radius, as far as there are digits."""
+        # Close to a stationary point long y cancel to a short step: no more digits are left.
+        lost = np.minimum(1e-16 * (y @ self.norms / self.radius) ** 2, 1e-6)
+        return bool(abs(distance - self.radius) <= (1e-12 + lost) * self.radius)
 
     def search(self, high: float) -> Array:
         """y of the d on the sphere, where tau is below `high`."""
@@ -496,10 +536,7 @@ class _Ball:
             self.free = self.alive[None] if self.free is None else self.free
         for _ in range(100):
             y, distance = self.nearest(tau)
-            # Close to a stationary point long y cancel to a short step: no more digits are left.
-            lost = np.minimum(1e-16 * (y @ self.norms / self.radius) ** 2, 1e-6)
-            close = abs(distance - self.radius) <= (1e-12 + lost) * self.radius
-            if close or high - low <= 1e-15 * abs(high):
+            if self.close(y, distance) or high - low <= 1e-15 * abs(high):
                 break
             if distance < self.radius:
                 low = tau
@@ -512,9 +549,8 @@ class _Ball:
 
     def root(self, free: Mask) -> float:
         """Where ``{d : g_k . d = tau, k in F}`` has the radius as its distance; NaN if nowhere."""
-        unit = self.unit[free][:, free]
-        right = np.stack([np.ones(len(unit)), self.inner[free]]) * self.inverse[free]
-        solved = _solve_on(unit, -right, np.ones(right.shape, dtype=bool), self.eps)
-        a, b, c = right[0] @ solved[0], right[0] @ solved[1], right[1] @ solved[1]
+        right = np.stack([self.inverse, self.inner * self.inverse]) * free
+        solved = _solve_on(self.unit, -right, free[None], self.eps)
+        (a, b), (_, c) = right @ solved.T
         # a tau^2 - 2 b tau + c = radius^2, the larger root
         return float((b + np.sqrt(b**2 - a * (c - self.radius**2))) / a)

@@ -347,15 +347,31 @@ def test_max_min_step_close_to_a_stationary_point(seed: int, gap: float, c: floa
     assert (rows @ d).min() >= (rows @ best_in_ball(rows, c)).min() - slack
 
 
-def test_max_min_takes_few_quadratic_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The parabola's root finds the answer in a few guesses; bisection alone would take forty."""
+@pytest.mark.parametrize("exchanges", [12, 0])
+def test_max_min_takes_few_systems(monkeypatch: pytest.MonkeyPatch, exchanges: int) -> None:
+    """Tasks and tau exchanged at once; or the parabola's root, where bisection would take forty."""
     calls = []
-    solve = solvers._pivot
-    monkeypatch.setattr(solvers, "_pivot", lambda *a: calls.append(1) or solve(*a))
+    solve = solvers._solve_on
+    monkeypatch.setattr(solvers, "_EXCHANGES", exchanges)
+    monkeypatch.setattr(solvers, "_solve_on", lambda *a: calls.append(1) or solve(*a))
     for seed in range(20):
-        rows = spread(6, 9, seed, 30.0)
+        rows = spread(6, 60, seed, 30.0)
         solvers.max_min_weights(rows @ rows.T, 0.4)
-    assert len(calls) <= 20 * 8
+    assert len(calls) <= 20 * (3 if exchanges else 20)
+
+
+@pytest.mark.parametrize("k", [2, 3, 10, 40])
+@pytest.mark.parametrize("c", [0.05, 0.2, 0.4, 2.0])
+def test_max_min_exchange_and_search_agree(
+    monkeypatch: pytest.MonkeyPatch, k: int, c: float
+) -> None:
+    """Where exchanging cycles, or is not tried, the search in a bracket gives the same step."""
+    grams = [rows @ rows.T for rows in (spread(k, 60, seed, 30.0) for seed in range(10))]
+    exchanged = [solvers.max_min_weights(gram, c) for gram in grams]
+    monkeypatch.setattr(solvers, "_EXCHANGES", 0)
+    for weights, gram in zip(exchanged, grams, strict=True):
+        off = weights - solvers.max_min_weights(gram, c)
+        assert off @ gram @ off <= 1e-18 * weights @ gram @ weights
 
 
 # ------------------------------------------------------------------- proofs of non-stationarity
