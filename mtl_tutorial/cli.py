@@ -20,6 +20,8 @@ import click
 from . import __version__
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from .training import Cell, Grid, Outcome
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
@@ -116,6 +118,12 @@ def list_command(as_json: bool) -> None:
 )
 @click.option("--channels-last", is_flag=True, help="Convolutions in that memory layout.")
 @click.option("--threads", default=1, show_default=True, help="Torch's threads on the CPU.")
+@click.option(
+    "--together",
+    is_flag=True,
+    help="Train the seeds of a method side by side in one process, as one stacked model; for "
+    "small networks.",
+)
 @json_option
 def run(
     benchmark: str,
@@ -129,6 +137,7 @@ def run(
     accumulate: int,
     channels_last: bool,
     threads: int,
+    together: bool,
     as_json: bool,
 ) -> None:
     """Train methods on BENCHMARK.
@@ -163,11 +172,15 @@ def run(
     elif chosen.index is not None:
         torch.cuda.set_device(chosen)
     specs, left_out = training.fitting(training.parse_specs(methods), len(bench.tasks), methods)
-    rank, _ = training.launched()
+    rank, ranks = training.launched()
+    if together and ranks > 1:
+        raise ValueError(
+            f"expected --together in one process, got {ranks} of torchrun; leave one of them out"
+        )
     for why in left_out if rank == 0 else []:
         click.echo(why, err=True)
     grid = training.Grid(benchmark, budget, protocol, specs, seeds, noisy)
-    outcomes = _run_grid(grid, out, str(chosen), quiet=as_json)
+    outcomes = _run_grid(grid, out, str(chosen), quiet=as_json, together=together)
     if rank > 0:
         if not as_json:
             done = sum(outcome.status == "done" for outcome in outcomes)
@@ -345,7 +358,9 @@ def speed(
 # ------------------------------------------------------------------------------- how runs show
 
 
-def _run_grid(grid: Grid, out: Path, device: str, quiet: bool) -> list[Outcome]:
+def _run_grid(
+    grid: Grid, out: Path, device: str, quiet: bool, together: bool = False
+) -> list[Outcome]:
     """Run a grid with progress bars on a terminal, plain lines elsewhere."""
     import torch
 
@@ -354,7 +369,16 @@ def _run_grid(grid: Grid, out: Path, device: str, quiet: bool) -> list[Outcome]:
     chosen = torch.device(device)
     rank, ranks = training.launched()
     patient = ranks > 1 and rank == 0  # it prints the table of what all ranks did
+    runs: Callable[..., Iterator[Outcome]]
     runs = functools.partial(training.sweep, grid.cells(out), out, chosen, patient=patient)
+    if together:
+        from . import together as side_by_side
+
+        for spec in grid.specs:
+            why = side_by_side.why_alone(spec)
+            if why:
+                click.echo(f"one by one: {spec.label}, {why}", err=True)
+        runs = functools.partial(side_by_side.sweep, grid, out, chosen)
     if quiet:
         return list(runs())
     outcomes: list[Outcome] = []

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from . import __version__, benchmarks, checkpoints, diagnostics, methods, metrics, results, savings
 from .benchmarks import Benchmark, Protocol
-from .gradients import Method, gram_matrix, task_gradients
+from .gradients import Info, Method, gram_matrix, task_gradients
 from .models import count_parameters
 from .noise import LabelNoise
 
@@ -247,31 +247,51 @@ class Run:
             save: called between two batches to keep `state_dict`.
             every: seconds between two such calls.
         """
-        protocol = self.cell.protocol
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.cell.rate * protocol.lr_factor(self.epoch)
         start = saved = time.perf_counter()
+        for batch in self.batches_left():
+            self.count(self.step(batch))
+            if save is not None and time.perf_counter() - saved >= every:
+                self.seconds += time.perf_counter() - start
+                save()
+                start = saved = time.perf_counter()
+        means = self.end_steps()
+        self.seconds += time.perf_counter() - start
+        self.end_epoch(means)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of this epoch."""
+        return self.cell.rate * self.cell.protocol.lr_factor(self.epoch)
+
+    def batches_left(self) -> Iterator[Any]:
+        """Get ready for this epoch's steps; its batches, without those trained on already."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
         self.model.train()
         source, noise = self.benchmark, self.cell.noise
         if noise is not None:
             source = source.with_noise(noise, self.cell.seed, self.epoch)
         rng = torch.get_rng_state()
-        batches = source.batches(protocol, self.order)
+        batches = source.batches(self.cell.protocol, self.order)
         for _ in range(self.batch):  # drawn again, so that the others are what they were
             next(batches)
         torch.set_rng_state(rng)
-        for batch in batches:
-            info = self.step(batch)
-            self.means["train_losses"].add(info.losses)
-            self.means["weights"].add(info.weights)
-            self.batch += 1
-            if save is not None and time.perf_counter() - saved >= every:
-                self.seconds += time.perf_counter() - start
-                save()
-                start = saved = time.perf_counter()
+        return batches
+
+    def count(self, info: Info) -> None:
+        """Take a step that was done into the epoch's means."""
+        self.means["train_losses"].add(info.losses)
+        self.means["weights"].add(info.weights)
+        self.batch += 1
+
+    def end_steps(self) -> dict[str, list[float] | None]:
+        """Tell the method that the epoch's steps are done; their means, once the device is."""
         self.method.next_epoch()
-        means = {name: mean.value() for name, mean in self.means.items()}  # waits for the device
-        self.seconds += time.perf_counter() - start
+        return {name: mean.value() for name, mean in self.means.items()}
+
+    def end_epoch(self, means: dict[str, list[float] | None]) -> None:
+        """Evaluate, append to the history, and get ready for the next epoch."""
+        protocol = self.cell.protocol
         self.epoch += 1
         self.batch, self.drawn = 0, self.order.get_state()
         self.means = {name: Mean() for name in self.means}
@@ -292,7 +312,7 @@ class Run:
         elif self.epoch > protocol.epochs - protocol.average:
             self.reported.append(self.benchmark.evaluate(self.model, "test"))
 
-    def step(self, batch: Any) -> Any:
+    def step(self, batch: Any) -> Info:
         """One step of the method on one batch."""
         protocol, device = self.cell.protocol, self.benchmark.device
         feature = self.cell.spec.level == "feature"
@@ -611,17 +631,21 @@ class Grid:
             return
         chosen: dict[str, float] = {}
         for spec in self.specs:
-            for cell in self.trials(spec, root):
-                if finished(cell.path(root)) is None:
-                    with claim(cell, root, patient=True):  # until nobody else is running it
-                        died = not cell.path(root).exists()
-                    if died:
-                        yield cell
+            yield from self.died(spec, root)
             chosen[spec.label] = self.choose(spec, root)
             yield self.cell(spec, 1, chosen[spec.label])
         for seed in range(2, self.seeds):
             for spec in self.specs:
                 yield self.cell(spec, seed, chosen[spec.label])
+
+    def died(self, spec: Spec, root: Path) -> Iterator[Cell]:
+        """Wait for trials that other processes run; those whose process died without a result."""
+        for cell in self.trials(spec, root):
+            if finished(cell.path(root)) is None:
+                with claim(cell, root, patient=True):  # until nobody else is running it
+                    died = not cell.path(root).exists()
+                if died:
+                    yield cell
 
     def choose(self, spec: Spec, root: Path) -> float:
         """The learning rate of a method's later seeds, from the results that are there."""
@@ -670,6 +694,18 @@ def claim(cell: Cell, root: Path, patient: bool = False) -> Iterator[None]:
         lock.release()
 
 
+Prepared = dict[tuple[str, Protocol], Benchmark]
+
+
+def prepare(cell: Cell, device: torch.device, prepared: Prepared) -> Benchmark:
+    """The cell's benchmark with its data on the device; loaded once for many cells."""
+    which = (cell.benchmark, cell.protocol)
+    if which not in prepared:
+        bench = benchmarks.create(cell.benchmark).under(cell.protocol)
+        prepared[which] = bench.prepare(device)
+    return prepared[which]
+
+
 def sweep(
     cells: Iterable[Cell],
     root: Path,
@@ -677,6 +713,7 @@ def sweep(
     progress: Callable[[Cell, int, int], None] | None = None,
     patient: bool = False,
     every: float = CHECKPOINT_SECONDS,
+    ready: Prepared | None = None,
 ) -> Iterator[Outcome]:
     """Run the cells that are not done, one after the other.
 
@@ -691,11 +728,12 @@ def sweep(
         patient: at the end, wait for the cells of other processes, and run those whose process has
             died.
         every: see `train`.
+        ready: benchmarks that are prepared already; others are added.
 
     Yields:
         An outcome per cell, in order; with `patient`, those of other processes come last.
     """
-    prepared: dict[tuple[str, Protocol], Benchmark] = {}
+    prepared: Prepared = {} if ready is None else ready
 
     def attempt(cell: Cell, wait: bool) -> Outcome:
         path = cell.path(root)
@@ -709,12 +747,9 @@ def sweep(
             if done is not None:
                 return Outcome(cell, "kept", done)
             set_broken_aside(path)
-            which = (cell.benchmark, cell.protocol)
-            if which not in prepared:
-                bench = benchmarks.create(cell.benchmark).under(cell.protocol)
-                prepared[which] = bench.prepare(device)
+            bench = prepare(cell, device, prepared)
             report = None if progress is None else _bind(progress, cell)
-            result = train(cell, prepared[which], root, report, every)
+            result = train(cell, bench, root, report, every)
             return Outcome(cell, "failed" if result["failed"] else "done", result)
 
     def ended(cell: Cell, wait: bool) -> Outcome:
