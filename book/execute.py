@@ -9,23 +9,31 @@ Chapters run one after the other, each in a fresh kernel and with the environmen
 ``MTL_TUTORIAL_BUDGET=full python book/execute.py`` reaches the training runs inside. Seconds per
 chapter are printed. A chapter that raises is left as it was on disk; the others still run, and the
 exit status is 1.
+
+What was run when, where and for how long is kept in ``book/status.json``, for the chapters of this
+book alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import nbformat
+from filelock import FileLock
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
+STATUS = ROOT / "book" / "status.json"
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 # The version of Python is left out: it differs between machines and says nothing about a chapter.
 LANGUAGE = {"file_extension": ".py", "mimetype": "text/x-python", "name": "python"}
@@ -81,6 +89,36 @@ def execute(path: Path, timeout: float) -> float:
     return seconds
 
 
+def fingerprint(notebook: NotebookNode) -> str:
+    """Hash of a notebook's code cells: the same as long as it would run the same code."""
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    return hashlib.sha256("\0".join(code).encode()).hexdigest()[:16]
+
+
+def record(path: Path, seconds: float, status: Path) -> None:
+    """Note in a status file that a chapter ran just now; other chapters' entries stay."""
+    import torch  # here: to say how a chapter failed needs no torch
+
+    from mtl_tutorial import training
+
+    machine = training.describe_device(torch.device("cpu"))["name"]
+    versions = training.versions()
+    entry = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+        "seconds": round(seconds, 1),
+        "machine": f"{machine}, {os.cpu_count()} cores",
+        "python": versions["python"],
+        "torch": versions["torch"],
+        "code": fingerprint(nbformat.read(path, as_version=4)),
+    }
+    with FileLock(status.with_suffix(".lock")):  # chapters may run in several terminals
+        found = json.loads(status.read_text(encoding="utf-8")) if status.is_file() else {}
+        text = json.dumps(found | {path.stem: entry}, indent=1, sort_keys=True) + "\n"
+        temporary = status.with_suffix(".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(status)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Execute the chapters named on the command line; all of them by default."""
     parser = argparse.ArgumentParser(description="Execute chapters in place.")
@@ -101,7 +139,10 @@ def main(arguments: list[str] | None = None) -> int:
     failed = 0
     for path in paths:
         try:
-            print(f"{path.name}  {execute(path, options.timeout):.1f} s", flush=True)
+            seconds = execute(path, options.timeout)
+            print(f"{path.name}  {seconds:.1f} s", flush=True)
+            if path.parent == NOTEBOOKS:
+                record(path, seconds, STATUS)
         except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
             failed += 1
             print(f"{path.name}  failed; its file is unchanged\n{error}", file=sys.stderr)
