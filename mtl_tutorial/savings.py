@@ -68,11 +68,13 @@ class Known(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        """The loss as it is."""
         ctx.gradients = gradients
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *factors: Any) -> Any:
+        """The known gradients, times the factor of the loss."""
         (factor,) = factors
         return None, None, *(factor.to(g.dtype) * g for g in ctx.gradients)
 
