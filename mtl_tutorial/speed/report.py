@@ -219,6 +219,11 @@ def _accuracy(found: list[dict[str, Any]]) -> list[str]:
         cells += [" ".join(_number(row, "error", ".0e") for row in libmtl)]
         body.append([f"{part['case']} {part['rule']}", *cells])
         why |= dict.fromkeys(f"{part['case']}, {line}" for line in _why(part["rows"]))
+        if part.get("other_side"):
+            why[
+                f"{part['case']}: {part['other_side']} of {part['activations']:,} activations lie "
+                "on the other side of zero in float64; the reference takes float32's side"
+            ] = None
     title = "Combined gradient against the same step in float64"
     return ["\n".join([title, "", _table(header, body), *why])]
 

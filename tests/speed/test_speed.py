@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from click.testing import CliRunner
+from torch import nn
 
 from mtl_tutorial import cli
 from mtl_tutorial.speed import accuracy, cases, contenders, memory, report, solver_times, steps
@@ -253,7 +254,7 @@ def test_an_unknown_case_names_the_others():
 
 @pytest.mark.parametrize("rule", contenders.RULES)
 def test_exact_contenders_take_the_same_step(rule: str):
-    want = accuracy.references("tiny", CPU)[rule]
+    want = accuracy.references("tiny", CPU)[0][rule]
     tolerance = 1e-2 if rule in ("mgda", "upgrad") else 1e-4  # TorchJD's stop early, or regularise
     seen = []
     for contender in contenders.field(rule):
@@ -264,6 +265,27 @@ def test_exact_contenders_take_the_same_step(rule: str):
         assert (got - want).norm() <= limit * want.norm(), contender.name
         seen.append(contender.family)
     assert set(seen) >= {"ours"} | ({"torchjd"} if HAS_TORCHJD else set())
+
+
+@pytest.mark.parametrize("relu", [torch.relu, nn.ReLU(), nn.ReLU(inplace=True), torch.relu_])
+def test_references_take_the_side_of_zero_that_float32_took(relu):
+    x = torch.tensor([-1e-9, 2.0, -3.0], dtype=torch.float64, requires_grad=True)
+    with accuracy.Sides() as noted:
+        relu(1 * x)
+    assert [mask.tolist() for mask in noted.seen] == [[False, True, False]]
+    with accuracy.Sides([torch.tensor([True, True, False])]) as taken:
+        relu(1 * x).sum().backward()
+    assert x.grad.tolist() == [1, 1, 0]
+    assert torch.equal(taken.seen[0], noted.seen[0])
+
+
+def test_activations_on_the_other_side_are_counted_and_reported():
+    _, other, activations = accuracy.references("tiny", CPU)
+    assert (other, activations) == (0, 2 * 4 * 8)
+    rows = [{"name": OURS, "family": "ours", "error": 1e-6}]
+    part = {"case": "b", "rule": "mgda", "rows": rows, "other_side": 2, "activations": 4898816}
+    assert "b: 2 of 4,898,816 activations lie on the other side" in report._accuracy([part])[0]
+    assert "other side" not in report._accuracy([part | {"other_side": 0}])[0]
 
 
 def test_references_take_their_steps():
