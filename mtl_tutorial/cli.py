@@ -117,6 +117,7 @@ def list_command(as_json: bool) -> None:
     help="Pieces that each batch is computed in, for less memory.",
 )
 @click.option("--channels-last", is_flag=True, help="Convolutions in that memory layout.")
+@click.option("--cuda-graph", is_flag=True, help="Record each step as a CUDA graph; on CUDA alone.")
 @click.option("--threads", default=1, show_default=True, help="Torch's threads on the CPU.")
 @click.option(
     "--together",
@@ -136,6 +137,7 @@ def run(
     precision: str,
     accumulate: int,
     channels_last: bool,
+    cuda_graph: bool,
     threads: int,
     together: bool,
     as_json: bool,
@@ -149,6 +151,7 @@ def run(
     import torch
 
     from . import benchmarks as benches
+    from . import cuda_graph as recording
     from . import results, training
     from .noise import parse_noise
 
@@ -158,6 +161,8 @@ def run(
     asked: dict[str, Any] = {"precision": precision, "accumulate": accumulate}
     if channels_last:
         asked["channels_last"] = True
+    if cuda_graph:
+        asked["cuda_graph"] = True
     protocol = dataclasses.replace(bench.protocols[budget], **asked)
     if seeds < 1:
         raise ValueError(f"expected --seeds of 1 or more, got {seeds}")
@@ -172,6 +177,8 @@ def run(
     elif chosen.index is not None:
         torch.cuda.set_device(chosen)
     specs, left_out = training.fitting(training.parse_specs(methods), len(bench.tasks), methods)
+    for spec in specs if cuda_graph else []:
+        recording.check(spec.make(), protocol, chosen)
     rank, ranks = training.launched()
     if together and ranks > 1:
         raise ValueError(

@@ -98,9 +98,50 @@ def task_gradients(losses: Losses, parameters: Iterable[Tensor]) -> Tensor:
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
     """Copy a small host tensor to the device, without waiting for what runs there."""
+    if Constants.kept is not None:
+        return Constants.kept.send(x, device)
+    return _send(x, device)
+
+
+def _send(x: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
+
+
+class Constants:
+    """The small tensors that a step uploads, kept for a recording of the same step.
+
+    A recording (`mtl_tutorial.cuda_graph`) cannot upload: ``with Constants() as constants:`` around
+    a step keeps what `upload` sends, and ``with constants.again():`` hands it out in that order.
+    """
+
+    kept: ClassVar[Constants | None] = None  # what `upload` asks at present
+
+    def __init__(self) -> None:
+        self._sent: list[tuple[Tensor, Tensor]] = []  # on the host and on the device
+        self._left: list[tuple[Tensor, Tensor]] | None = None
+
+    def __enter__(self) -> Constants:
+        Constants.kept = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Constants.kept = None
+
+    def again(self) -> Constants:
+        """The same tensors once more, from the first on."""
+        self._left = list(self._sent)
+        return self
+
+    def send(self, x: Tensor, device: torch.device) -> Tensor:
+        """The device's copy of a host tensor; RuntimeError for another one than in that step."""
+        if self._left is None:
+            self._sent.append((x.clone(), _send(x, device)))
+            return self._sent[-1][1].clone()
+        if not self._left or not torch.equal(self._left[0][0], x):
+            raise RuntimeError("the host sends other numbers than in the step before")
+        return self._left.pop(0)[1].clone()
 
 
 def on_host(device: torch.device) -> bool:
@@ -747,6 +788,7 @@ class Method:
         self._shares: list[float] | None = None  # this rank's, of the last step
         self._scratch = Scratch()
         self._pending: list[tuple[Tensor, torch.cuda.Event, list[int]]] = []
+        self._recorded: tuple[Tensor, list[int]] | None = None  # flags of a recorded step
 
     def ranks(self) -> Ranks | None:
         """The ranks of `group`; None where this process trains alone."""
@@ -1151,6 +1193,9 @@ class Method:
         if finite.device.type != "cuda":
             if not finite.all():
                 self._raise(finite.tolist(), tasks, "this step was not taken")
+            return
+        if torch.cuda.is_current_stream_capturing():  # to be copied after each replay
+            self._recorded = finite, tasks
             return
         host = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True)
         host.copy_(finite, non_blocking=True)

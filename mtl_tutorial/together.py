@@ -49,11 +49,12 @@ def why_alone(spec: Spec) -> str:
 
 def check(protocol: Protocol) -> None:
     """Raise ValueError for a protocol whose runs cannot go together."""
-    asked = (protocol.precision, protocol.accumulate, protocol.channels_last)
-    if asked != ("float32", 1, False):
+    names = ("precision", "accumulate", "channels_last", "cuda_graph")
+    asked = {name: getattr(protocol, name) for name in names}
+    if asked != {name: getattr(Protocol, name) for name in names}:
         raise ValueError(
-            "expected precision float32, accumulate 1 and no channels-last for runs that go "
-            "together, got {}, {} and {}; leave --together out".format(*asked)
+            "expected float32, whole batches, contiguous layout and no CUDA graph for runs that go "
+            f"together, got {asked}; leave --together out"
         )
 
 

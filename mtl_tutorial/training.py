@@ -28,7 +28,17 @@ import torchvision
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from . import __version__, benchmarks, checkpoints, diagnostics, methods, metrics, results, savings
+from . import (
+    __version__,
+    benchmarks,
+    checkpoints,
+    cuda_graph,
+    diagnostics,
+    methods,
+    metrics,
+    results,
+    savings,
+)
 from .benchmarks import Benchmark, Protocol
 from .gradients import Info, Method, gram_matrix, task_gradients
 from .models import count_parameters
@@ -248,8 +258,9 @@ class Run:
             every: seconds between two such calls.
         """
         start = saved = time.perf_counter()
+        step = cuda_graph.GraphedStep(self) if self.cell.protocol.cuda_graph else self.step
         for batch in self.batches_left():
-            self.count(self.step(batch))
+            self.count(step(batch))
             if save is not None and time.perf_counter() - saved >= every:
                 self.seconds += time.perf_counter() - start
                 save()

@@ -213,6 +213,7 @@ def test_a_run_that_fails_leaves_the_others_alone(method, bench, tmp_path, monke
     stack = together.Stack(broken)
     assert stack.epoch_of_training() == [broken[0], broken[2]]
     assert "epoch 1" in stack.failed[1]
+    assert [len(run.history) for run in broken] == [1, 0, 1]
     assert apart([broken[0], broken[2]], [whole[0], whole[2]]) < 1e-5
     monkeypatch.setattr(
         together, "Stack", lambda runs: stack if len(runs) == 3 else type(stack)(runs)
@@ -284,7 +285,8 @@ def test_random_layers_and_batches_are_refused(benchmark, why, tmp_path):
 def test_methods_and_protocols_that_cannot_are_refused(bench, tmp_path):
     with pytest.raises(ValueError, match="joint: the method has a step of its own"):
         together.train([cell("joint")], bench, tmp_path)
-    for asked in ({"precision": "bfloat16"}, {"accumulate": 2}, {"channels_last": True}):
+    others = ({"precision": "bfloat16"}, {"accumulate": 2}, {"channels_last": True})
+    for asked in (*others, {"cuda_graph": True}):
         with pytest.raises(ValueError, match="leave --together out"):
             together.train([cell("equal", **asked)], bench, tmp_path)
 

@@ -79,6 +79,7 @@ class Protocol:
         precision: "float32", "bfloat16" or "float16", of the losses' computation in training.
         channels_last: memory layout of the network's convolutions.
         accumulate: pieces that a batch is cut into, so that one fits into memory at a time.
+        cuda_graph: whether a step is recorded as a CUDA graph (`mtl_tutorial.cuda_graph`).
     """
 
     epochs: int
@@ -103,6 +104,7 @@ class Protocol:
     precision: str = "float32"
     channels_last: bool = False
     accumulate: int = 1
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         if self.rates and self.lr not in self.rates:
