@@ -38,16 +38,8 @@ _ORDER = (
     *("single_task", "individual", "joint", "mgda", "cagrad", "nash_mtl", "pcgrad"),
     *("upgrad", "config", "fairgrad", "dualproj", "gradnorm", "uncertainty", "dwa"),
     *("famo", "slaw", "group_dro", "rlw", "geometric", "gradvac", "graddrop"),
-    *(
-        "sdmgrad",
-        "db_mtl",
-        "ngdiff",
-        "cross_learning",
-        "stch",
-        "scale_invariant",
-        "config_momentum",
-    ),
-    *("gen_lr"),
+    *("sdmgrad", "db_mtl", "ngdiff", "cross_learning", "stch", "scale_invariant"),
+    *("config_momentum", "gen_lr"),
 )
 
 

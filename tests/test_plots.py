@@ -61,6 +61,7 @@ def test_every_method_has_its_fixed_place():
     missing = set(methods.available()) - set(plots._ORDER)
     assert not missing, f"append {sorted(missing)} to _ORDER in mtl_tutorial/plots.py"
     assert len(set(plots._ORDER)) == len(plots._ORDER)
+    assert all(len(name) > 1 for name in plots._ORDER), "a name was spread into its letters"
 
 
 def test_no_two_methods_look_the_same_with_or_without_settings():
