@@ -270,3 +270,37 @@ def test_formulae_of_a_docstring_are_shown_unchanged(package_pages):
         "Args:",
         "    x: a number.",
     ]
+
+
+@pytest.fixture
+def link_page(monkeypatch):
+    monkeypatch.syspath_prepend(BOOK / "_ext")
+    return importlib.import_module("link_page")
+
+
+def test_external_addresses_are_listed_with_who_names_them(link_page):
+    found = link_page.links()
+    assert found["https://github.com/SimplexLab/TorchJD"] == ["deviations.md"]
+    assert any(names == ["references.bib"] for names in found.values())
+    assert all(re.fullmatch(r"https?://[^\s<>()\[\]]+[\w/]", address) for address in found)
+    source = [read(BOOK / "links.md")]
+    link_page.fill_mark(None, "book/links", source)
+    assert source[0].count("\n| <http") == len(found) > 20
+
+
+def test_addresses_end_where_the_sentence_goes_on(link_page):
+    text = "See (https://a.org/x_y), [b](https://b.org/z) and `https://c.org/d`. <https://e.org>."
+    assert link_page.ADDRESS.findall(text) == [
+        *("https://a.org/x_y", "https://b.org/z", "https://c.org/d", "https://e.org")
+    ]
+
+
+def test_fold_marks_of_the_side_bar_are_named(link_page, tmp_path):
+    class App:
+        outdir = tmp_path
+        builder = type("Builder", (), {"format": "html"})
+
+    page = tmp_path / "x.html"
+    page.write_text(f"<details>{link_page.NAMELESS}></span></summary></details>", encoding="utf-8")
+    link_page.name_folds(App, None)
+    assert '<summary aria-label="' in page.read_text(encoding="utf-8")

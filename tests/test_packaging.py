@@ -212,3 +212,40 @@ def test_no_file_names_a_path_of_some_machine():
 )
 def test_what_counts_as_a_path_of_some_machine(text: str, is_one: bool):
     assert bool(MACHINE_PATH.search(text)) is is_one
+
+
+def _workflow(name: str) -> dict:
+    return yaml.safe_load(_read(f".github/workflows/{name}.yml"))
+
+
+def test_workflows_use_make_targets_that_exist_and_ask_for_no_more_than_they_need():
+    targets = set(re.findall(r"^([a-z]+):", _read("Makefile"), re.MULTILINE))
+    for path in sorted((ROOT / ".github/workflows").glob("*.yml")):
+        workflow = _workflow(path.stem)
+        assert workflow["permissions"] == {"contents": "read"}, path.name
+        for job in workflow["jobs"].values():
+            assert job["timeout-minutes"] <= 60, path.name
+            for step in job["steps"]:
+                command = step.get("run", "")
+                if command.startswith("make "):
+                    assert set(command.split()[1:]) <= targets, command
+
+
+def test_release_is_published_by_trust_in_the_workflow_and_pages_from_the_built_book():
+    release = _workflow("release")
+    assert release[True]["push"]["tags"] == ["v*"]  # YAML reads a bare `on` as true
+    assert release["jobs"]["pypi"]["permissions"] == {"id-token": "write"}
+    assert "secrets." not in _read(".github/workflows/release.yml")
+    assert re.search(r'^__version__ = "\d+\.\d+\.\d+"$', _read("mtl_tutorial/__init__.py"), re.M)
+    built, deployed = _workflow("pages")["jobs"]["build"], _workflow("pages")["jobs"]["deploy"]
+    assert {"run": "make book"} in built["steps"]
+    assert deployed["permissions"] == {"pages": "write", "id-token": "write"}
+
+
+@pytest.mark.parametrize("name", ["bug", "question", "method"])
+def test_issue_forms_ask_for_what_an_answer_needs(name):
+    form = yaml.safe_load(_read(f".github/ISSUE_TEMPLATE/{name}.yml"))
+    assert form["name"] and form["description"]
+    ids = [field["id"] for field in form["body"]]
+    assert len(ids) == len(set(ids))
+    assert any(field.get("validations", {}).get("required") for field in form["body"])

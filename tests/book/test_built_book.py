@@ -5,6 +5,7 @@ Runs after `make book`; skipped where the book has not been built.
 
 from __future__ import annotations
 
+import json
 import re
 from functools import cache
 from html.parser import HTMLParser
@@ -13,6 +14,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
+
+from mtl_tutorial.methods import CLASSES
 
 ROOT = Path(__file__).resolve().parents[2]
 HTML = ROOT / "_build" / "html"
@@ -155,6 +158,58 @@ def test_every_page_of_the_table_of_contents_is_built():
     toc = yaml.safe_load((ROOT / "book/_toc.yml").read_text(encoding="utf-8"))
     files = [toc["root"], *(c["file"] for part in toc["parts"] for c in part["chapters"])]
     assert [file for file in files if not (HTML / f"{file}.html").is_file()] == []
+
+
+REPOSITORY = "https://github.com/one-network-many-losses/mtl_tutorial"
+CHAPTERS = sorted(path.stem for path in (HTML / "notebooks").glob("*.html"))
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_chapter_can_be_downloaded_and_opened_on_colab(chapter):
+    page = HTML / "notebooks" / f"{chapter}.html"
+    links = parse(page).links
+    notebook = target(
+        page, next(a for a in links if a.endswith(f"_sources/notebooks/{chapter}.ipynb"))
+    )
+    # As committed; the build only gave cells without an output the same content.
+    built, ours = (
+        json.loads(path.read_text(encoding="utf-8"))["cells"]
+        for path in (notebook, ROOT / "notebooks" / f"{chapter}.ipynb")
+    )
+    assert [cell["source"] for cell in built] == [cell["source"] for cell in ours]
+    path = f"blob/main/notebooks/{chapter}.ipynb"
+    colab = REPOSITORY.replace("https://github.com", "https://colab.research.google.com/github")
+    assert f"{colab}/{path}" in links
+
+
+@cache
+def search_index() -> dict:
+    text = (HTML / "searchindex.js").read_text(encoding="utf-8")
+    return json.loads(text.removeprefix("Search.setIndex(").removesuffix(")"))
+
+
+def pages_with(words: str) -> set[str]:
+    """Pages that a search for all of these words finds."""
+    english = pytest.importorskip("sphinx.search.en").SearchEnglish({})
+    index = search_index()
+    found = set(index["docnames"])
+    for word in filter(english.word_filter, english.split(words.lower())):
+        pages: set[int] = set()
+        for part in ("terms", "titleterms"):
+            hit = index[part].get(english.stem(word), [])
+            pages |= {hit} if isinstance(hit, int) else set(hit)
+        found &= {index["docnames"][page] for page in pages}
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_search_finds_a_method_by_name_paper_and_author(name):
+    cls = CLASSES[name]
+    page = f"book/methods/{cls.__module__.rsplit('.', 1)[1]}"
+    author = re.split(r" et al\.| and |,", cls.paper.split("; ")[-1])[0]
+    for words in (name, cls.title, cls.paper, author):
+        assert page in pages_with(words), words
+    assert pages_with("no page has the word xylophonist") == set()
 
 
 def test_search_index_knows_the_pages():
