@@ -42,7 +42,7 @@ def _cut() -> list[str]:
     return cut if able else []
 
 
-def dump_dom(page: Path, *, wait_ms: int = 15_000, timeout: float = 150.0) -> str:
+def dump_dom(page: Path, *, wait_ms: int = 15_000, timeout: float = 600.0) -> str:
     """What a page's document holds after its scripts ran.
 
     Skips the test where there is no browser.

@@ -118,7 +118,7 @@ def test_every_file_runs_alone(pages, tmp_path):
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, check=False, timeout=300
+        command, capture_output=True, text=True, env=environment, check=False, timeout=900
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == expected
