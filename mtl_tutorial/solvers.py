@@ -433,8 +433,9 @@ def max_min_weights(gram: Tensor, c: float, eps: float = 1e-14) -> Tensor:
     ``max_d min_k g_k . d`` subject to ``|d - g_0| <= c |g_0|``, g_0 the mean gradient. Among all d
     with ``g_k . d >= tau`` for every k, the nearest to g_0 is ``g_0 + sum_k y_k g_k`` with the y
     of one non-negative QP; its distance grows with tau, so the answer is where the distance
-    reaches ``c |g_0|``. On the set of positive y, the squared distance is a parabola in tau: its
-    root is the next guess, kept in a bracket that every guess shrinks.
+    reaches ``c |g_0|``. On the set of positive y, the squared distance is a parabola in tau: set
+    and root are corrected in turn until both fit. Where that cycles, the root is the next guess in
+    a bracket that every guess shrinks, and each guess has a QP of its own.
 
     Args:
         gram: Gram matrix (K, K).
