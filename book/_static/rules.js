@@ -442,7 +442,7 @@
     }
 
     function drawTable(found) {
-      const columns = ["Show", "Method", "Weights", "Gains gₖ · d", "Promise", "Here"];
+      const columns = ["Show", "Method", "Weights", "Gains gₖ · d", "Here", "Promise"];
       if (!head.childNodes.length) {
         const row = element("tr", {}, head);
         columns.forEach((name) => element("th", { scope: "col" }, row, name));
@@ -472,8 +472,8 @@
         cells[1].textContent = weights.map(shown).join("  ");
         cells[2].textContent = gains
           .map((x) => `${shown(x)} ${x > 0.005 ? "▼" : x < -0.005 ? "▲" : "="}`).join("  ");
-        cells[3].textContent = promise;
-        cells[4].textContent = kept === null ? "–" : kept ? "holds" : "fails";
+        cells[3].textContent = kept === null ? "–" : kept ? "holds" : "fails";
+        cells[4].textContent = promise;
       });
     }
 
