@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock
 
-LIMIT = 600  # seconds for a group's checks, many times what they take
+LIMIT = 1800  # seconds for a group's checks, many times what they take; a hang ends by itself
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
 
@@ -61,6 +61,8 @@ def outcomes_of(tmp_path_factory):
 def test_ranks(outcomes_of, size, check, method):
     missing = "not run: an earlier check was left by some ranks alone"
     found = [each.get(f"{check}-{method}", missing) for each in outcomes_of(size)]
+    if found[0].startswith("skipped: ") and len(set(found)) == 1:
+        pytest.skip(found[0].removeprefix("skipped: "))
     failures = [f"rank {r}: {what}" for r, what in enumerate(found) if what != "passed"]
     assert not failures, "\n".join(failures)
 
