@@ -39,9 +39,8 @@ first.
 All methods of a table share one protocol and run with their default settings unless the label
 names others. Where a header names several learning rates, each was tried for every method with
 seed 0, and the one with the best validation scores trained the other seeds; with label noise a
-method keeps the rate that it has without. MultiDigits has one rate for all: a method whose steps
-have another length, or which steps more often per batch, may want another. Cross-learning keeps
-a copy of the parameters per task: its row scores the centre of the copies.
+method keeps the rate that it has without. Cross-learning keeps a copy of the parameters per task:
+its row scores the centre of the copies.
 
 The column "vs equal" compares with equal weighting under the same seed: it is $\\Delta m$ against
 that run, mean and deviation over the seeds, so what a seed does to all methods alike drops out.
