@@ -316,6 +316,8 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_completes(call, tmp_path
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
+        # A shell's background job ignores Ctrl-C, and so would all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         deadline = time.monotonic() + 90
