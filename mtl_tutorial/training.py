@@ -45,9 +45,8 @@ from .models import count_parameters
 from .noise import LabelNoise
 
 LEVELS = ("parameter", "feature")
-MANY_TASKS = (
-    16  # beyond, a result file keeps every task's numbers of the first and last epoch alone
-)
+# Beyond, a result file keeps every task's numbers of the first and last epoch alone.
+MANY_TASKS = 16
 CHECKPOINT_SECONDS = 60.0  # at most so much work is done twice after a kill
 
 
