@@ -376,7 +376,9 @@ def _newton(system: Array, right: Array, p: float) -> Array:
                 ):
                     length /= 2
         x = x * (1 + length * step)
-        if size < 1e-13 or last / 2 < size < 1e-6:
+        # The next step would be as long as this one's square, measured by the Hessian: rounding.
+        done = length == 1 and -decrease < 1e-15 * min(1.0, p * float(power.min()))
+        if done or size < 1e-13 or last / 2 < size < 1e-6:
             break
         last = size
     return x
