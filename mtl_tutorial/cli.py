@@ -302,7 +302,9 @@ def info(as_json: bool) -> None:
 
 
 @app.command()
-@click.option("--cases", default="all", show_default=True, help="Comma-separated cases, or all.")
+@click.option(
+    "--cases", default="all", show_default=True, help="Comma-separated cases, or all, or growth."
+)
 @click.option(
     "--method",
     default="aligned_mtl",
@@ -346,9 +348,9 @@ def speed(
     """
     from . import training
     from .speed import report
-    from .speed.cases import CASES
+    from .speed.cases import chosen as chosen_cases
 
-    names = CASES if cases == "all" else [name.strip() for name in cases.split(",")]
+    names = chosen_cases(cases)
     parts = [part for part in report.PARTS if chosen[part]] or ["steps"]
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise ValueError(f"expected --out to be a file in a folder that exists, got {out}")

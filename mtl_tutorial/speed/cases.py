@@ -5,6 +5,9 @@ engine or setting may be tuned on them: ``sq``, convolutional (SqueezeNet 1.1: 1
 convolutions side by side, activations in place), and ``vit``, attention (a small vision
 transformer). Both are torchvision's, so not even their layers are ours.
 
+The cases of `GROWTH` are one MLP at two widths, with 2 to 139 binary heads: how the price of a step
+grows with the number of tasks and of parameters.
+
 The learning rate is tiny, so that a case computes the same at every step.
 """
 
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -295,6 +299,12 @@ def _vit() -> Case:
     return _classes("vit", title, vision_transformer(), heads, x, 10, untuned=True)
 
 
+def _growing(width: int, k: int) -> Case:
+    title = f"MLP 256-{width}-{width}-{width}, binary heads, batch 128"
+    x = torch.randn(128, 256)
+    return _binary(f"w{width}k{k}", title, mlp(256, width, 3), width, x, k)
+
+
 def _tiny() -> Case:
     heads = [nn.Linear(8, 3) for _ in range(3)]
     return _classes("tiny", "MLP 2 x 8, batch 4", mlp(6, 8, 2), heads, torch.randn(4, 6), 3)
@@ -314,6 +324,18 @@ BUILDERS: dict[str, Callable[[], Case]] = {
     "tiny": _tiny,
 }
 CASES = [name for name in BUILDERS if name != "tiny"]  # tiny is for the tests
+BUILDERS |= {
+    f"w{width}k{k}": partial(_growing, width, k)
+    for width in (256, 1024)
+    for k in (2, 5, 10, 20, 40, 80, 139)
+}
+GROWTH = [name for name in BUILDERS if name not in (*CASES, "tiny")]
+
+
+def chosen(text: str) -> list[str]:
+    """Names of cases from a comma-separated list; "all" and "growth" stand for their lists."""
+    groups = {"all": CASES, "growth": GROWTH}
+    return [n for part in text.split(",") for n in groups.get(part.strip(), [part.strip()])]
 
 
 def make(name: str, device: torch.device | None = None) -> Case:

@@ -16,7 +16,7 @@ from .. import training
 from ..names import nearest
 from ..results import write_atomically
 from . import accuracy, memory, solver_times, steps
-from .cases import CASES
+from .cases import CASES, GROWTH
 from .contenders import OURS, RULES, missing, peer_versions
 from .steps import Tell
 
@@ -60,8 +60,8 @@ def check(cases: Sequence[str], rule: str, rounds: int, seconds: float, threads:
         ValueError: an unknown case or rule, or a number out of range.
     """
     for name in cases:
-        if name not in CASES:
-            raise ValueError(f"no case {name!r}; {nearest(name, CASES, 'cases')}")
+        if name not in (*CASES, *GROWTH):
+            raise ValueError(f"no case {name!r}; {nearest(name, [*CASES, 'growth'], 'cases')}")
     if rule not in RULES:
         raise ValueError(f"no method {rule!r} to compare on; {nearest(rule, RULES, 'methods')}")
     for what, value in (("rounds", rounds), ("threads", threads)):

@@ -244,6 +244,20 @@ def test_a_case_is_the_same_at_every_call_and_leaves_the_generator_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_growing_cases_have_the_tasks_of_their_names():
+    assert {int(name.split("k")[1]) for name in cases.GROWTH} >= {2, 40, 139}
+    small, large = cases.make("w256k5"), cases.make("w1024k139")
+    assert (small.n_tasks, large.n_tasks) == (5, 139)
+    assert large.n_shared > 10 * small.n_shared
+    assert len(small.losses()[0]) == 5
+
+
+def test_lists_of_cases_can_hold_groups():
+    assert cases.chosen("all") == cases.CASES
+    assert cases.chosen("a, growth") == ["a", *cases.GROWTH]
+    assert not set(cases.CASES) & set(cases.GROWTH)
+
+
 def test_an_unknown_case_names_the_others():
     with pytest.raises(ValueError, match=r"no case 'x'; cases: a, b, c"):
         cases.make("x")
