@@ -12,7 +12,7 @@ the data folder, read in memory; or a folder ``camvid`` in the usual layout, ``t
 ``test`` with images beside ``trainannot``, ``valannot`` and ``testannot`` with label maps of the
 same names, 0 to 10, anything above without a class. Images stay bytes on the device.
 
-Deviations: CamVid in place of Cityscapes, 11 classes in place of 7; frames of 180x240 (90x120 in
+Deviations: CamVid in place of Cityscapes, 11 classes in place of 7; frames of 180x240 (60x80 in
 the budgets for a CPU) in place of 128x256.
 """
 
