@@ -103,6 +103,7 @@ class GraphedStep:
         self.run.method._raise_pending()  # asks for what is done: none of it may be left to ask
         self._batch = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, batch)
         self._state = {k: v.clone() for k, v in self.run.method._state.items()}
+        self.run.method._recorded = None  # flags of an epoch before
         self._graph = torch.cuda.CUDAGraph()
         try:
             with self._constants.again(), torch.cuda.graph(self._graph):

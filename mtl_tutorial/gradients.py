@@ -169,6 +169,19 @@ def add_gradient(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None
         parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
+def all_finite(gradients: Iterable[Tensor | None], device: torch.device) -> Tensor:
+    """Whether all entries of these gradients are finite, 0-dimensional bool on the device."""
+    found = [g._values() if g.is_sparse else g for g in gradients if g is not None and g.numel()]
+    if not found:
+        return torch.ones((), dtype=torch.bool, device=device)
+    if all(on_host(g.device) for g in found):
+        # There, the largest entry's size takes twenty times as long as largest and smallest entry.
+        fine = torch.stack([end for g in found for end in torch.aminmax(g)]).isfinite().all()
+    else:
+        fine = torch.nn.utils.get_total_norm(found, torch.inf).isfinite()
+    return fine if fine.device == device else fine.to(device)
+
+
 # ------------------------------------------------------------------------ the graph of K losses
 
 
@@ -593,28 +606,24 @@ class LossGraph:
         leaves = {id(p): p for edge in self.edges for p in leaves_of(edge)}
         # Of a task that only other ranks have, the leaves are not in this rank's graph.
         leaves |= {id(p): p for group in (self.shared, *self.heads) for p in group}
-        found = [p.grad for p in leaves.values() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(found, torch.inf).isfinite()
+        return all_finite((p.grad for p in leaves.values()), self.values.device)
 
-    def add_shared(self, direction: Tensor) -> None:
-        """Add the direction, (P,) or the flattened features' (numel,), to the shared ``.grad``."""
-        if self.features is not None and self.ranks is not None:
-            cotangent = direction[self._columns].view(self.features.shape)
-            gradients = torch.autograd.grad(
-                [self.features], self.shared, [cotangent], allow_unused=True
-            )
-            add_gradient(self.shared, _sum_over(self.ranks, self.shared, gradients))
-            return
-        if self.features is not None:
-            cotangent = direction.view(self.features.shape)
-            torch.autograd.backward([self.features], [cotangent], inputs=self.shared)
-            return
-        parts = direction.split([p.numel() for p in self.shared])
-        views = [
-            part.view(p.shape) if used else None
-            for part, p, used in zip(parts, self.shared, self.used, strict=True)
-        ]
-        add_gradient(self.shared, views)
+    def shared_gradients(self, direction: Tensor) -> list[Tensor | None]:
+        """A direction, (P,) or the flattened features' (numel,), as gradients beside `shared`."""
+        if self.features is None:
+            parts = direction.split([p.numel() for p in self.shared])
+            return [
+                part.view(p.shape) if used else None
+                for part, p, used in zip(parts, self.shared, self.used, strict=True)
+            ]
+        if self.ranks is not None:
+            direction = direction[self._columns]
+        cotangent = direction.view(self.features.shape)
+        found = torch.autograd.grad([self.features], self.shared, [cotangent], allow_unused=True)
+        if self.ranks is not None:
+            return _sum_over(self.ranks, self.shared, found)
+        # Autograd may hand out one tensor, or an expanded one, for several parameters.
+        return [None if g is None else g.clone() for g in found]
 
     def add_heads(
         self, gradients: list[list[Tensor | None]], weights: Tensor | None, ok: Tensor | None
@@ -913,11 +922,13 @@ class Method:
 
         Raises:
             ValueError: see `LossGraph`.
-            FloatingPointError: a task's loss or gradient is not finite and there is no scaler.
-                On the CPU at once, with ``.grad`` and state untouched; on an accelerator the
-                error comes with a later call, since asking at once would stall the device, and
-                until then the state is untouched and the step zero. A rule that sees losses alone
-                has its losses checked alone; its gradients are what a plain backward pass gives.
+            FloatingPointError: a task's loss, or its gradient by a shared or head parameter, is not
+                finite and there is no scaler. On the CPU at once, with ``.grad`` and state
+                untouched; on an accelerator the error comes with a later call, since asking at
+                once would stall the device, and until then the state is untouched and the step
+                zero. The error names the task; behind the features the tasks are one sum, and it
+                names all of the batch. A rule that sees losses alone has its losses checked alone;
+                its gradients are what a plain backward pass gives.
         """
         self._raise_pending()
         if features is not None and not self.feature_level:
@@ -1013,8 +1024,7 @@ class Method:
             n_tasks=graph.n_tasks,
             dtype=parts.rows.dtype,
         )
-        also = None if scale is None else _all_finite(parts.head_gradients)
-        weights, head_weights, ok = self._solve(view, masked=scale is not None, also=also)
+        weights, head_weights, ok = self._solve(view, scale is not None, parts.head_gradients)
         assert weights is not None
         gradients = parts.gradients(weights)
         skip = ok if scale is None and not on_host(ok.device) else None
@@ -1033,17 +1043,21 @@ class Method:
         rows, head_gradients = graph.average(rows, head_gradients)
         losses = graph.present_values
         view = View(losses=losses, rows=rows, tasks=graph.present, n_tasks=graph.n_tasks)
-        before = None if scale is None or graph.features is None else self._snapshot(view)
-        also = None if scale is None else _all_finite(head_gradients)
-        weights, head_weights, ok = self._solve(view, masked=scale is not None, also=also)
+        before = None if graph.features is None else self._snapshot(view)
+        weights, head_weights, ok = self._solve(view, scale is not None, head_gradients)
         direction = self._combine(weights, rows)
-        skip = ok if scale is None and not on_host(ok.device) else None
-        graph.add_shared(_masked(direction, ok, scale))
-        graph.add_heads(head_gradients, head_weights, skip)
+        gradients = graph.shared_gradients(_masked(direction, ok, scale))
         if before is not None:
             # The trunk's own pass comes after the rule, and may overflow by itself.
-            ok = ok & graph.gradients_finite()
+            trunk = all_finite(gradients, ok.device)
+            ok = ok & trunk
             self._keep(ok, before)
+            if scale is None:
+                self._remember(trunk.expand(len(graph.present)), graph.present)
+                gradients = [None if g is None else _masked(g, ok, None) for g in gradients]
+        skip = ok if scale is None and not on_host(ok.device) else None
+        add_gradient(graph.shared, gradients)
+        graph.add_heads(head_gradients, head_weights, skip)
         return self._info(graph, weights, view.known_gram, ok)
 
     def step(
@@ -1112,12 +1126,16 @@ class Method:
     # How a rule is run safely ---------------------------------------------------------------
 
     def _solve(
-        self, view: View, masked: bool = False, also: Tensor | None = None
+        self,
+        view: View,
+        masked: bool = False,
+        head_gradients: Sequence[Sequence[Tensor | None]] = (),
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Run the rule: weights (n,), head weights, and whether all input was finite.
 
         On an accelerator, and under a gradient scaler (`masked`), a bad step is blanked out by
-        masks in place of an exception. `also`, 0-dimensional bool: what must hold beside that.
+        masks in place of an exception. The rule does not see the head gradients, if there are any,
+        but they must be finite too.
         """
         finite = torch.ones(len(view.tasks), dtype=torch.bool, device=view.device)
         if view.has_losses:
@@ -1129,10 +1147,13 @@ class Method:
                 fine = view.gram.isfinite() | ~(good[:, None] & good)
                 finite = finite & good & fine.all(1)
         elif self.sees == "rows":
-            finite = finite & torch.linalg.vector_norm(view.rows, torch.inf, dim=1).isfinite()
+            finite = finite & view.rows.amax(1).isfinite() & view.rows.amin(1).isfinite()
         elif self.sees == "gram":
             finite = finite & view.gram.diagonal().isfinite()
-        ok = finite.all() if also is None else finite.all() & also
+        if head_gradients:
+            heads = [all_finite(gradients, view.device) for gradients in head_gradients]
+            finite = finite & torch.stack(heads)
+        ok = finite.all()
         if on_host(view.device):
             if not masked and not ok:
                 self._raise(finite.tolist(), view.tasks, "this step was not taken")
@@ -1156,9 +1177,8 @@ class Method:
 
     def _snapshot(self, view: View) -> tuple[dict[str, Tensor], Tensor | None]:
         """State, the initial one before the first step, and generator state, for `_keep`."""
-        self._state = self._state or self._initial_state(view)
         drawn = None if self._generator is None else self._generator.get_state()
-        return self._state, drawn
+        return self._state or self._initial_state(view), drawn
 
     def _keep(self, ok: Tensor, before: tuple[dict[str, Tensor], Tensor | None]) -> None:
         """Put the state of `before` back where `ok` is false.
@@ -1166,9 +1186,12 @@ class Method:
         On an accelerator a generator, which lives on the host, has drawn one step's numbers more.
         """
         state, drawn = before
-        self._state = {k: torch.where(ok, v, state[k]) for k, v in self._state.items()}
-        if self._generator is not None and drawn is not None and on_host(ok.device) and not ok:
-            self._generator.set_state(drawn)
+        if not on_host(ok.device):
+            self._state = {k: torch.where(ok, v, state[k]) for k, v in self._state.items()}
+        elif not ok:
+            self._state = state
+            if self._generator is not None and drawn is not None:
+                self._generator.set_state(drawn)
 
     def _info(
         self, graph: LossGraph, weights: Tensor | None, gram: Tensor | None, ok: Tensor
@@ -1195,7 +1218,8 @@ class Method:
                 self._raise(finite.tolist(), tasks, "this step was not taken")
             return
         if torch.cuda.is_current_stream_capturing():  # to be copied after each replay
-            self._recorded = finite, tasks
+            earlier = self._recorded  # of the same step: of the features, before the trunk behind
+            self._recorded = finite if earlier is None else finite & earlier[0], tasks
             return
         host = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True)
         host.copy_(finite, non_blocking=True)
@@ -1209,12 +1233,6 @@ class Method:
             if not host.all():
                 self._pending.clear()
                 self._raise(host.tolist(), tasks, "an earlier step was skipped for it")
-
-
-def _all_finite(head_gradients: list[list[Tensor | None]]) -> Tensor:
-    """Whether no head's gradient overflowed, 0-dimensional bool: a scaler skips for these too."""
-    found = [g for gradients in head_gradients for g in gradients if g is not None]
-    return torch.nn.utils.get_total_norm(found, torch.inf).isfinite()
 
 
 def _masked(x: Tensor, ok: Tensor, scale: Tensor | None) -> Tensor:

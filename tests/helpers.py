@@ -182,12 +182,23 @@ class Regression(nn.Module):
     def features(self, batch: int) -> Tensor:
         return torch.tanh(self.trunk(self.inputs[batch % 20]))
 
-    def losses_from(self, z: Tensor, batch: int, bad_paths: Sequence[int] = ()) -> list[Tensor]:
-        """Losses from the features; through `bad_paths` no finite gradient reaches the features."""
+    def losses_from(
+        self,
+        z: Tensor,
+        batch: int,
+        bad_paths: Sequence[int] = (),
+        bad_heads: Sequence[int] = (),
+    ) -> list[Tensor]:
+        """Losses from the features.
+
+        No finite gradient reaches the features from `bad_paths`, or the weights of `bad_heads`.
+        """
         losses = []
         for k, (head, y) in enumerate(zip(self.tasks, self.targets[batch % 20], strict=True)):
             seen = BadGradient.apply(z) if k in bad_paths else z
-            losses.append(((head(seen) - y) ** 2).mean() + 0.1)
+            weight = BadGradient.apply(head.weight) if k in bad_heads else head.weight
+            output = nn.functional.linear(seen, weight, head.bias)
+            losses.append(((output - y) ** 2).mean() + 0.1)
         return losses
 
     def forward(self, batch: int) -> Tensor:

@@ -166,8 +166,9 @@ def test_gpu_twenty_steps_are_those_of_the_plain_loop(method, optimizer):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_gpu_a_replay_that_meets_nan_changes_nothing_and_tells():
-    run = training.Run(cell("uncertainty", cuda_graph=True), Tiny().prepare(CUDA))
+@pytest.mark.parametrize("method", ["uncertainty", "gradnorm", "gradnorm:level=feature"])
+def test_gpu_a_replay_that_meets_nan_changes_nothing_and_tells(method):
+    run = training.Run(cell(method, cuda_graph=True), Tiny().prepare(CUDA))
     step = cuda_graph.GraphedStep(run)
     batches = list(run.batches_left())
     for inputs, targets in batches[:5]:

@@ -16,6 +16,7 @@ from mtl_tutorial.gradients import (
     Method,
     View,
     add_gradient,
+    all_finite,
     gram_matrix,
     split_closure_output,
     task_gradients,
@@ -452,6 +453,45 @@ def test_finite_check_uses_the_numbers_of_the_tasks_in_the_batch():
         AlignedMTL().backward(losses, shared=model.shared)
 
 
+def test_gradients_of_every_kind_are_looked_at():
+    """Empty, sparse, of several dtypes, or none at all."""
+    big = torch.full((3, 4), 6e4, dtype=torch.float16)  # their sum is not finite
+    whole = torch.eye(3).to_sparse()
+    fine = [big, None, torch.zeros(0), torch.ones(2, dtype=torch.float64), whole]
+    cpu = torch.device("cpu")
+    assert all_finite([], cpu)
+    assert all_finite([None, torch.zeros(0)], cpu)
+    assert all_finite(fine, cpu)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        for i in (0, 3):
+            bad = [x if x is None else x.clone() for x in fine]
+            bad[i].view(-1)[1] = value
+            assert not all_finite(bad, cpu)
+        assert not all_finite([*fine[:4], whole * value], cpu)
+
+
+def test_sparse_gradients_of_a_head_go_through():
+    table, trunk = nn.Embedding(5, 3, sparse=True), nn.Linear(2, 3)
+
+    def losses(change):
+        z = trunk(torch.ones(2, 2))
+        return [z.sum(), (change(table(torch.tensor([0, 1]))) * z).sum()]
+
+    AlignedMTL().backward(losses(torch.tanh), shared=trunk.parameters())
+    assert table.weight.grad.is_sparse
+    with pytest.raises(FloatingPointError, match="task 1;"):
+        AlignedMTL().backward(losses(BadGradient.apply), shared=trunk.parameters())
+
+
+def test_gradients_behind_the_features_do_not_share_memory():
+    """Autograd hands out one tensor for both terms of a sum; clipping would shrink it twice."""
+    a, b = (torch.ones(4, requires_grad=True) for _ in range(2))
+    z = a + b
+    AlignedMTL().backward([z.sum(), (2 * z).sum()], shared=[a, b], features=z)
+    assert a.grad.data_ptr() != b.grad.data_ptr()
+    assert torch.equal(a.grad, b.grad)
+
+
 # --------------------------------------------------------------------------- memory and syncs
 
 
@@ -533,7 +573,7 @@ def test_values_are_read_on_the_host_by_the_finite_check_alone(monkeypatch, name
         features=z if level == "features" else None,
     )
     declared = {"_array"} if method.syncs else set()  # a rule that is solved on the host says so
-    assert {caller for _, caller in calls} <= {"_solve"} | declared
+    assert {caller for _, caller in calls} <= {"_solve", "_keep", "_remember"} | declared
 
 
 @pytest.mark.parametrize("absent", [False, True])

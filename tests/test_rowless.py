@@ -697,23 +697,28 @@ def pretended_accelerator(monkeypatch):
 HEADS_AND_LOSSES = [n for n in available() if CLASSES[n].family != "schedule"]
 
 
-@pytest.mark.parametrize("path", ["rows", "gram"])
+@pytest.mark.parametrize("path", ["rows", "gram", "features"])
 @pytest.mark.parametrize("absent", [False, True])
 @pytest.mark.parametrize("name", HEADS_AND_LOSSES)
 def test_no_value_is_read_on_the_way(pretended_accelerator, name, absent, path):
     """Also by what torch does inside: a mask as an index, or a size that depends on values."""
     if CLASSES[name].syncs:
         pytest.skip("declares syncs")
+    behind = path == "features"
+    if behind and not CLASSES[name].feature_level:
+        pytest.skip("the method has no feature level")
     model, method = Regression(CLASSES[name].n_tasks or K), create(name)
-    method.path = path
+    method.path = "auto" if behind else path
     for batch in range(2):
-        losses = model.losses_from(model.features(batch), batch)
+        z = model.features(batch)
+        losses = model.losses_from(z, batch)
         if absent:
             losses[1] = losses[1].detach()
         info = method.backward(
             losses,
             shared=model.trunk.parameters(),
             heads=[list(head.parameters()) for head in model.tasks],
+            features=z if behind else None,
         )
         model.zero_grad()
     if method._needs_gram_alone and len(losses) - absent > 1:

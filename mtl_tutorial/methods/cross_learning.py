@@ -35,6 +35,7 @@ from ..gradients import (
     LossGraph,
     Method,
     add_gradient,
+    all_finite,
     gram_matrix,
     optimizer_step,
     split_closure_output,
@@ -380,9 +381,8 @@ class _Pass:
         rows, head_gradients = graph.average(*graph.rows_and_head_gradients(scale))
         self.row, self.used = rows[0], list(graph.used)
         self.head, self.head_gradients = graph.heads[0], head_gradients[0]
-        found = [self.row, *(g for g in self.head_gradients if g is not None)]
-        norm = torch.nn.utils.get_total_norm(found, torch.inf)
-        self.finite = self.loss.isfinite() & norm.isfinite()
+        found = [self.row, *self.head_gradients]
+        self.finite = self.loss.isfinite() & all_finite(found, self.loss.device)
 
 
 def _times(gradients: list[Tensor | None], factor: Tensor | None) -> list[Tensor | None]:

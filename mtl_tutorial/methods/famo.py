@@ -23,7 +23,16 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..gradients import Closure, Info, Losses, Method, View, split_closure_output, upload
+from ..gradients import (
+    Closure,
+    Info,
+    Losses,
+    Method,
+    View,
+    all_finite,
+    split_closure_output,
+    upload,
+)
 
 EPSILON = 1e-8  # the official code's, added to L - b
 BETAS = (0.9, 0.999)  # of Adam, torch's defaults
@@ -125,8 +134,8 @@ class FAMO(Method):
             stepped = info.finite
             if scaler is not None:
                 groups = optimizer.param_groups
-                gradients = [p.grad for g in groups for p in g["params"] if p.grad is not None]
-                stepped = stepped & torch.nn.utils.get_total_norm(gradients).isfinite()
+                gradients = [p.grad for g in groups for p in g["params"]]
+                stepped = stepped & all_finite(gradients, stepped.device)
             self._update(losses, stepped)
         return info
 

@@ -34,6 +34,7 @@ from ..gradients import (
     LossGraph,
     Method,
     View,
+    all_finite,
     optimizer_step,
     refuse_shards,
     split_closure_output,
@@ -274,8 +275,7 @@ class Independent(Method):
         ok = finite.all()
         if owner is not None:
             parameters = [p for g in owner.param_groups for p in g["params"] if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], torch.inf)
-            ok = ok & norm.isfinite()
+            ok = ok & all_finite((p.grad for p in parameters), ok.device)
         if owner is not None and scaler is None:
             if on_cpu and not ok:
                 owner.zero_grad(set_to_none=True)

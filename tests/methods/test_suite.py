@@ -93,9 +93,10 @@ def heads_of(model: Regression) -> list[list[Tensor]]:
     return [list(head.parameters()) for head in model.tasks]
 
 
-def losses_of(model, batch, *, spoil=None, bad_paths=()):
-    """Losses of a `Regression`; `spoil` and `bad_paths` make some of them bad."""
-    losses = model.losses_from(model.features(batch), batch, bad_paths)
+def losses_of(model, batch, *, features=None, spoil=None, **bad):
+    """Losses of a `Regression`; `spoil`, `bad_paths` and `bad_heads` make some of them bad."""
+    features = model.features(batch) if features is None else features
+    losses = model.losses_from(features, batch, **bad)
     return losses if spoil is None else spoil(losses)
 
 
@@ -229,6 +230,7 @@ FAULTS = {
     "loss_inf": lambda loss: loss * torch.inf,
     "gradient": BadGradient.apply,
     "shared_gradient": None,
+    "head_gradient": None,
 }
 
 
@@ -236,6 +238,8 @@ def faulty(fault, tasks):
     """Keyword arguments of `losses_of` that make these tasks bad."""
     if fault == "shared_gradient":  # the heads' gradients are fine
         return {"bad_paths": tasks}
+    if fault == "head_gradient":  # the shared parameters' gradients are fine
+        return {"bad_heads": tasks}
     change = FAULTS[fault]
     return {"spoil": lambda losses: [change(x) if k in tasks else x for k, x in enumerate(losses)]}
 
@@ -276,6 +280,34 @@ def test_non_finite_input_is_an_error_that_names_the_task(name, fault):
     assert all(p.isfinite().all() for p in model.parameters())
     one_step(method, model, optimizer, 8)
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@every
+def test_non_finite_gradient_behind_the_features_is_an_error(name):
+    """There the tasks are one sum, so all of the batch are named; nothing has changed."""
+    if not CLASSES[name].feature_level or CLASSES[name].sees == "losses":
+        pytest.skip("does not look at features")
+    model, method = Regression(tasks_of(name)), create(name)
+    shared = list(model.trunk.parameters())
+
+    def backward(batch, bad):
+        z = model.features(batch)
+        z = BadGradient.apply(z) if bad else z
+        losses = losses_of(model, batch, features=z)
+        return method.backward(losses, shared=shared, heads=heads_of(model), features=z)
+
+    backward(0, bad=False)
+    named = ", ".join(map(str, range(tasks_of(name))))
+    state = copy.deepcopy(method.state_dict())
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 7.0)
+    with pytest.raises(FloatingPointError, match=f"{name}: .* task {named}; .*not taken"):
+        backward(1, bad=True)
+    assert_equal_state(method.state_dict(), state)
+    assert all((p.grad == 7).all() for p in model.parameters())
+    model.zero_grad()
+    assert backward(2, bad=False).finite
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 @every
@@ -708,7 +740,12 @@ def test_results_and_state_hold_no_graph(name):
 
 
 READS = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy")
-CPU_ONLY = {"_solve", "_group_backward"}  # their finite checks, which ask for the device first
+CPU_ONLY = {
+    "_solve",
+    "_keep",
+    "_remember",
+    "_group_backward",
+}  # their finite checks, which ask for the device first
 
 
 @pytest.mark.parametrize("present", ["all", "one_absent"])
