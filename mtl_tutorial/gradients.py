@@ -778,7 +778,7 @@ class Method:
     passes: ClassVar[str] = "K"  # backward passes through the trunk per step
     memory: ClassVar[str] = "K x P"  # beyond equal weighting
     state: ClassVar[str] = "none"
-    syncs: ClassVar[bool] = False  # whether the rule itself waits for the device
+    syncs: bool = False  # whether the rule itself waits for the device
     feature_level: ClassVar[bool] = True  # whether the rule may look at dL_k/dz
     n_tasks: ClassVar[int | None] = None  # number of tasks, where the method demands one
     # What holds as an equality for `direction`, and is checked for every method by the tests:

@@ -11,15 +11,18 @@ are relative, so tiny, huge and unequal gradients are solved alike.
 * `equal_projection_weights`: the step with one projection on all unit gradients.
 * `max_min_weights`: the step in a ball around the mean gradient that helps the worst task most.
 
-The number of iterations depends on the values, so on an accelerator a caller copies the Gram matrix
-to the host once, which is cheaper than a wait per iteration. Tensors come in and go out; in between
-the arrays are NumPy's, whose calls cost a third of torch's at these sizes, and the calls are all
-that a solver of K unknowns costs.
+The number of iterations depends on the values, so this is done on the host. Tensors come in and go
+out; in between the arrays are NumPy's, whose calls cost a third of torch's at these sizes, and the
+calls are all that a solver of K unknowns costs. For a tensor on an accelerator, which would have to
+be waited for, all but `max_min_weights` hand the problem to `mtl_tutorial.device_solvers`.
 
-This file needs torch and NumPy.
+This file needs torch and NumPy; on an accelerator it uses device_solvers.py where that lies beside
+it.
 """
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +37,17 @@ _PATIENCE = 3  # block exchanges without progress before single ones take over
 
 # What is not finite is sorted out where it matters, as torch does it.
 _silent = np.errstate(all="ignore")
+
+
+def _elsewhere(x: Tensor) -> ModuleType | None:
+    """`device_solvers` for a tensor on an accelerator; None where a problem is solved here."""
+    if x.device.type == "cpu":
+        return None
+    try:
+        from . import device_solvers  # here, so that a copy of this file works without it
+    except ImportError:
+        return None
+    return device_solvers
 
 
 def _array(x: Tensor) -> Array:
@@ -86,7 +100,9 @@ def nonnegative_qp(matrix: Tensor, linear: Tensor, eps: float = 1e-14) -> Tensor
         float64 tensor (B, K), non-negative. Unknowns with a zero diagonal entry stay zero. Where A
         is singular, s is one of several minimisers; they share ``A s``.
     """
-    return torch.from_numpy(_nonnegative_qp(_array(matrix), _array(linear), eps))
+    if there := _elsewhere(matrix):
+        return there.nonnegative_qp(matrix, linear, eps)
+    return torch.from_numpy(_nonnegative_qp(_array(matrix), _array(linear), eps)).to(matrix.device)
 
 
 def _nonnegative_qp(matrix: Array, linear: Array, eps: float) -> Array:
@@ -219,7 +235,9 @@ def min_norm_weights(gram: Tensor, eps: float = 1e-14) -> Tensor:
         float64 tensor (K,), non-negative, sum one. Several minimisers (linearly dependent
         gradients) give the same point. Zero gradients share the whole weight: the point is zero.
     """
-    return torch.from_numpy(_min_norm_weights(_array(gram), eps))
+    if there := _elsewhere(gram):
+        return there.min_norm_weights(gram, eps)
+    return torch.from_numpy(_min_norm_weights(_array(gram), eps)).to(gram.device)
 
 
 def _min_norm_weights(gram: Array, eps: float) -> Array:
@@ -278,8 +296,10 @@ def dual_cone_weights(gram: Tensor, vectors: Tensor, eps: float = 1e-14) -> Tens
     Returns:
         float64 tensor (B, K): the rows v.
     """
+    if there := _elsewhere(gram):
+        return there.dual_cone_weights(gram, vectors, eps)
     matrix, u = _array(gram), _array(vectors)
-    return torch.from_numpy(u + _nonnegative_qp(matrix, u @ matrix, eps))
+    return torch.from_numpy(u + _nonnegative_qp(matrix, u @ matrix, eps)).to(gram.device)
 
 
 # ------------------------------------------------------------------------------ G w = w^(-1/a)
@@ -311,7 +331,9 @@ def balanced_weights(gram: Tensor, alpha: float = 1.0, eps: float = 1e-14) -> Te
         * Pareto stationary gradients (some convex combination is zero): weights with which the
           step is zero, those of the min-norm point of the unit gradients.
     """
-    return torch.from_numpy(_balanced_weights(_array(gram), alpha, eps))
+    if there := _elsewhere(gram):
+        return there.balanced_weights(gram, alpha, eps)
+    return torch.from_numpy(_balanced_weights(_array(gram), alpha, eps)).to(gram.device)
 
 
 def _balanced_weights(gram: Array, alpha: float, eps: float) -> Array:
@@ -408,6 +430,8 @@ def equal_projection_weights(gram: Tensor, eps: float = 1e-14) -> Tensor:
         * ``sum_k v_k < 0``, where the normalisation would turn the step against every task: the
           sign is kept positive and the weights sum to minus one.
     """
+    if there := _elsewhere(gram):
+        return there.equal_projection_weights(gram, eps)
     cosine, norms, inverse = _unit_diagonal(_array(gram))
     v = inverse  # the closed form for two tasks: x_1 = x_2 whatever the angle
     if len(norms) != 2:
@@ -422,7 +446,7 @@ def equal_projection_weights(gram: Tensor, eps: float = 1e-14) -> Tensor:
         if abs(v.sum()) <= 1e-12 * np.abs(v).sum():
             v = inverse
     total = abs(v.sum())
-    return torch.from_numpy(v / total if total > 0 else v)
+    return torch.from_numpy(v / total if total > 0 else v).to(gram.device)
 
 
 # ------------------------------------------------------------------------------- max-min in ball

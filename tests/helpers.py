@@ -6,12 +6,17 @@ Each sampler's property holds by construction, and tests/test_helpers.py checks 
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
+
+from mtl_tutorial import device_solvers, solvers
+from mtl_tutorial.gradients import Method
 
 # Two and three tasks whose results are known to ten digits for every method.
 G2 = torch.tensor([[3, 0, 4], [0, 1, -1]], dtype=torch.float64)
@@ -243,6 +248,20 @@ def assert_equal_state(actual: Any, expected: Any) -> None:
         torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
     else:
         assert actual == expected
+
+
+def pretend_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine, the rules and the solvers do as if the CPU were an accelerator.
+
+    Loops have two rounds: enough to see what they do, not for their answer.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.startswith("mtl_tutorial") and hasattr(module, "on_host"):
+            monkeypatch.setattr(module, "on_host", lambda device: False)
+    monkeypatch.setattr(solvers, "_elsewhere", lambda x: device_solvers)
+    for number in ("PIVOTS", "INTERIOR", "NEWTON", "PURIFICATIONS", "POLAR", "EIGHTH_POWERS"):
+        monkeypatch.setattr(device_solvers, number, 2)
+    monkeypatch.setattr(Method, "_remember", lambda self, finite, tasks: None)
 
 
 def sgd(parameters: Any, lr: float = 0.1, **settings: Any) -> torch.optim.SGD:

@@ -572,8 +572,8 @@ def test_values_are_read_on_the_host_by_the_finite_check_alone(monkeypatch, name
         heads=[head.parameters() for head in model.tasks],
         features=z if level == "features" else None,
     )
-    declared = {"_array"} if method.syncs else set()  # a rule that is solved on the host says so
-    assert {caller for _, caller in calls} <= {"_solve", "_keep", "_remember"} | declared
+    solvers = {"_array"}  # NumPy, on the host alone
+    assert {caller for _, caller in calls} <= {"_solve", "_keep", "_remember"} | solvers
 
 
 @pytest.mark.parametrize("absent", [False, True])

@@ -12,13 +12,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import BadGradient, Regression, assert_equal_state, relative_error, rng, sgd
+from helpers import (
+    BadGradient,
+    Regression,
+    assert_equal_state,
+    pretend_accelerator,
+    relative_error,
+    rng,
+    sgd,
+)
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import mtl_tutorial
-from mtl_tutorial import gradients, rowless
+from mtl_tutorial import rowless
 from mtl_tutorial.gradients import LossGraph, Method, gram_matrix, task_gradients
 from mtl_tutorial.methods import CLASSES, IMTLG, AlignedMTL, PCGrad, available, create
 from mtl_tutorial.savings import losses_in_pieces
@@ -687,8 +695,7 @@ def test_the_engine_works_without_this_module(tmp_path):
 @pytest.fixture
 def pretended_accelerator(monkeypatch):
     """Tensors without values: reading one is an error; the engine does as on an accelerator."""
-    monkeypatch.setattr(gradients, "on_host", lambda device: False)
-    monkeypatch.setattr(Method, "_remember", lambda self, finite, tasks: None)
+    pretend_accelerator(monkeypatch)
     monkeypatch.setattr(rowless, "_plain", lambda parameter: True)  # these are a subclass
     with FakeTensorMode():
         yield

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..gradients import Method, View
+from ..gradients import Method, View, on_host, upload
 
 SCALES = ("min", "median", "rmse")
 
@@ -40,6 +40,13 @@ def balance_matrix(gram: Tensor, scale: str = "min", eps: float = 1e-14) -> Tens
         Symmetric positive semi-definite float64 tensor (K, K); zero for a zero Gram matrix.
     """
     gram = gram.double()
+    if scale != "median" and not on_host(gram.device):
+        try:  # here, so that a copy of this file works without it
+            from ..device_solvers import balance_matrix as without_eigenvalues
+        except ImportError:
+            pass
+        else:
+            return without_eigenvalues(gram, scale, eps)
     eigenvalues, vectors = torch.linalg.eigh(gram)  # ascending
     largest = eigenvalues[-1]
     keep = (eigenvalues > largest * len(gram) * eps) & (eigenvalues > 0)
@@ -102,7 +109,6 @@ class AlignedMTL(Method):
     paper = "Senushkin et al., CVPR 2023"
     year = 2023
     sees = "gram"
-    syncs = True  # torch.linalg.eigh checks its convergence on the host
 
     def __init__(
         self,
@@ -122,6 +128,7 @@ class AlignedMTL(Method):
                     f"sum, got {preference}"
                 )
         self.scale = scale
+        self.syncs = scale == "median"  # an eigenvalue, whose search asks the host if it ended
         self.preference = preference
 
     def _rule(self, view: View) -> Tensor:
@@ -132,5 +139,6 @@ class AlignedMTL(Method):
                     f"aligned_mtl: expected a preference for each of {view.n_tasks} tasks, got "
                     f"{len(self.preference)}"
                 )
-            w = torch.tensor(self.preference, dtype=torch.float64)[view.tasks].to(view.device)
+            w = torch.tensor(self.preference, dtype=torch.float64)[view.tasks]
+            w = upload(w, view.device)
         return aligned_weights(view.gram, w, self.scale, view.eps)

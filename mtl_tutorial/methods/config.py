@@ -26,7 +26,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..gradients import Info, LossGraph, Method, View, gram_matrix, leaves_of
+from ..gradients import (
+    Info,
+    LossGraph,
+    Method,
+    View,
+    gram_matrix,
+    leaves_of,
+    on_host,
+    upload,
+)
 
 EPSILON = 1e-8  # of M-ConFIG's denominator, as in the official code and in Adam
 
@@ -55,14 +64,26 @@ def config_weights(gram: Tensor, preference: Tensor | None = None, eps: float = 
     wanted = alive.double()
     if preference is not None:
         wanted = wanted * preference.to(wanted) / preference.double().mean()
-    eigenvalues, vectors = torch.linalg.eigh((cosine + cosine.T) / 2)
-    keep = eigenvalues > len(gram) * eps
-    pinv = torch.where(keep, 1 / torch.where(keep, eigenvalues, 1.0), 0.0)
-    x = vectors @ (pinv * (vectors.T @ wanted))
+    x = _pseudo_solve((cosine + cosine.T) / 2, wanted, len(gram) * eps)
     cosines = cosine @ x  # of U^+ 1 with each task, times its length
     squared = x @ cosines  # |U^+ 1|^2, at least one where all cosines can be equal
     length = torch.where(squared > len(gram) * eps, (norms @ cosines) / squared, 0.0)
     return x * inverse * length
+
+
+def _pseudo_solve(matrix: Tensor, right: Tensor, floor: float) -> Tensor:
+    """``A^+ b``, with eigenvalues up to `floor` counted as zero."""
+    if not on_host(matrix.device):
+        try:  # here, so that a copy of this file works without it
+            from ..device_solvers import pseudo_solve
+        except ImportError:
+            pass
+        else:
+            return pseudo_solve(matrix, right, floor)[0]
+    eigenvalues, vectors = torch.linalg.eigh(matrix)
+    keep = eigenvalues > floor
+    pinv = torch.where(keep, 1 / torch.where(keep, eigenvalues, 1.0), 0.0)
+    return vectors @ (pinv * (vectors.T @ right))
 
 
 class ConFIG(Method):
@@ -88,7 +109,6 @@ class ConFIG(Method):
     paper = "Liu et al., ICLR 2025"
     year = 2025
     sees = "gram"
-    syncs = True  # torch.linalg.eigh checks its convergence on the host
 
     def __init__(
         self, preference: Sequence[float] | None = None, *, head_gradients: str = "raw"
@@ -110,7 +130,8 @@ class ConFIG(Method):
                     f"config: expected a preference for each of {view.n_tasks} tasks, got "
                     f"{len(self.preference)}"
                 )
-            wanted = torch.tensor(self.preference, dtype=torch.float64)[view.tasks].to(view.device)
+            wanted = torch.tensor(self.preference, dtype=torch.float64)[view.tasks]
+            wanted = upload(wanted, view.device)
         return config_weights(view.gram, wanted, view.eps)
 
 
@@ -146,7 +167,6 @@ class ConFIGMomentum(Method):
     sees = "rows"
     passes = "1"
     state = "K x P means, 2 P, counters"
-    syncs = True  # as ConFIG
     feature_level = False
     properties: ClassVar[frozenset[str]] = (
         frozenset()
@@ -224,16 +244,17 @@ class ConFIGMomentum(Method):
     def _backward_rows(self, graph: LossGraph, scale: Tensor | None) -> Info:
         """The engine's step on the graph of one task, the one whose turn it is."""
         task, turn = self._next(graph.present, graph.n_tasks), self._turn
-        finite = graph.values[graph.present].isfinite()
-        if graph.values.device.type == "cpu" and scale is None and not finite.all():
-            self._raise(finite.tolist(), graph.present, "this step was not taken")
+        if on_host(graph.values.device) and scale is None:
+            finite = graph.values[graph.present].isfinite()
+            if not finite.all():
+                self._raise(finite.tolist(), graph.present, "this step was not taken")
         i = graph.present.index(task)
         # The step moves what any task uses, not what this turn's task uses alone.
         used = {id(leaf) for edge in graph.edges for leaf in leaves_of(edge)}
         graph.used = [id(parameter) in used for parameter in graph.shared]
         graph.edges, graph.heads, graph.present = [graph.edges[i]], [graph.heads[i]], [task]
         info = super()._backward_rows(graph, scale)
-        if info.finite.device.type == "cpu" and not info.finite:
+        if on_host(info.finite.device) and not info.finite:
             self._turn = turn
         return info
 

@@ -34,7 +34,7 @@ def dualproj_weights(gram: Tensor, eps: float = 1e-14) -> Tensor:
         float64 tensor (K,), each at least 1/K. Zero gradients keep 1/K, which has no effect.
         Opposite gradients: the step is zero along them.
     """
-    mean = torch.full((1, len(gram)), 1 / len(gram), dtype=torch.float64)
+    mean = gram.new_full((1, len(gram)), 1 / len(gram), dtype=torch.float64)
     return dual_cone_weights(gram, mean, eps)[0]
 
 

@@ -62,7 +62,6 @@ class FairGrad(Method):
     paper = "Ban and Ji, ICML 2024"
     year = 2024
     sees = "gram"
-    syncs = True  # the solver's iterations depend on the values; it runs on the host
     properties = frozenset({"permutation", "rotation"})  # d scales by a power of the gradients'
 
     def __init__(self, alpha: float = 2.0, *, head_gradients: str = "raw") -> None:
@@ -72,4 +71,4 @@ class FairGrad(Method):
         self.alpha = alpha
 
     def _rule(self, view: View) -> Tensor:
-        return fairgrad_weights(view.gram.cpu(), self.alpha, view.eps).to(view.device)
+        return fairgrad_weights(view.gram, self.alpha, view.eps)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..gradients import Method, View, upload
+from ..gradients import Method, View
 from ..solvers import equal_projection_weights
 
 
@@ -37,7 +37,7 @@ def imtl_g_weights(gram: Tensor, eps: float = 1e-14) -> Tensor:
     Returns:
         float64 tensor (K,), with the defined answers of `solvers.equal_projection_weights`.
     """
-    return upload(equal_projection_weights(gram.cpu(), eps), gram.device)
+    return equal_projection_weights(gram, eps)
 
 
 class IMTLG(Method):
@@ -60,7 +60,6 @@ class IMTLG(Method):
     paper = "Liu et al., ICLR 2021"
     year = 2021
     sees = "gram"
-    syncs = True  # the eigenvalues are found on the host
 
     def __init__(self, *, head_gradients: str = "raw") -> None:
         super().__init__(head_gradients=head_gradients)
@@ -158,7 +157,6 @@ class IMTL(IMTLL):
     sees = "gram"
     passes = "K"
     memory = "K x P"
-    syncs = True  # as IMTL-G
 
     def _rule(self, view: View) -> Tensor:
         if view.has_losses:

@@ -94,7 +94,6 @@ class MGDA(Method):
     paper = "Désidéri, C. R. Math. 2012; Sener and Koltun, NeurIPS 2018"
     year = 2018
     sees = "gram"
-    syncs = True  # the solver's iterations depend on the values; it runs on the host
 
     def __init__(
         self,
@@ -114,10 +113,10 @@ class MGDA(Method):
         self.combine = combine
 
     def _rule(self, view: View) -> Tensor:
-        gram = view.gram.cpu()
+        gram = view.gram
         if self.normaliser == "none":
-            return mgda_weights(gram, view.eps).to(view.device)
-        losses = view.losses.cpu() if "loss" in self.normaliser else None
+            return mgda_weights(gram, view.eps)
+        losses = view.losses if "loss" in self.normaliser else None
         sizes = normaliser_sizes(gram, self.normaliser, losses)
         if self.normaliser == "l2":
             scaled = unit_diagonal(gram)[0]  # exact where the norms are tiny
@@ -129,4 +128,4 @@ class MGDA(Method):
             # A zero gradient, of size zero, keeps the weight that makes the step zero.
             alpha = alpha / torch.where(sizes > 0, sizes, 1.0)
             alpha = alpha / alpha.sum()
-        return alpha.to(view.device)
+        return alpha

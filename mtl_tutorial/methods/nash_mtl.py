@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..gradients import Method, View
+from ..gradients import Method, View, on_host
 from ..solvers import balanced_weights
 
 
@@ -55,7 +55,8 @@ class NashMTL(Method):
             official code's; since |d|^2 = K, every step with two tasks or more then has norm 1.
         update_every: the weights are solved for at every so many-th step and reused in between;
             1 by default, as in the paper's main runs. A task that has no weights yet is always
-            solved for. Here this saves the solver's time only: all K passes are made at each step.
+            solved for. Here this saves the solver's time only, since all K passes are made at each
+            step, and on an accelerator, where asking which step it is would stall, nothing.
         head_gradients: "weighted" (default, by alpha before clipping, as in the official code) or
             "raw".
 
@@ -76,7 +77,6 @@ class NashMTL(Method):
     year = 2022
     sees = "gram"
     state = "K weights, steps"
-    syncs = True  # the solver's iterations depend on the values; it runs on the host
     properties = frozenset({"permutation", "rotation"})  # the length of d is fixed
 
     def __init__(
@@ -99,16 +99,15 @@ class NashMTL(Method):
         }
 
     def _rule(self, view: View) -> Tensor:
-        gram = view.gram.cpu()
-        alpha, steps = self._state["alpha"], self._state["steps"]
-        reused = alpha[view.tasks].cpu()
-        if int(steps) % self.update_every == 0 or bool((reused == 0).any()):
-            reused = nash_weights(gram, view.eps)
-            alpha = alpha.clone()
-            alpha[view.tasks] = reused.to(view.device)
+        alpha, steps, at = self._state["alpha"], self._state["steps"], view.index
+        reused = alpha[at]
+        due = (steps % self.update_every == 0) | (reused == 0).any()
+        if not on_host(view.device) or due:
+            reused = torch.where(due, nash_weights(view.gram, view.eps), reused)
+            alpha = alpha.index_copy(0, at, reused)
         self._state = {"alpha": alpha, "steps": steps + 1}
-        self._unclipped = reused.to(view.device)
-        return (reused * clip_factor(gram, reused, self.max_norm)).to(view.device)
+        self._unclipped = reused
+        return reused * clip_factor(view.gram, reused, self.max_norm)
 
     def _head_weights(self, weights: Tensor | None) -> Tensor | None:
         return None if self.head_gradients == "raw" else self._unclipped

@@ -38,7 +38,7 @@ def sdmgrad_weights(gram: Tensor, lam: float = 0.3, eps: float = 1e-14) -> Tenso
     """
     gram = gram.double()
     k = len(gram)
-    shift = torch.eye(k, dtype=gram.dtype) + lam / k
+    shift = torch.eye(k, dtype=gram.dtype, device=gram.device) + lam / k
     return (min_norm_weights(shift @ gram @ shift.T, eps) + lam / k) / (1 + lam)
 
 
@@ -68,7 +68,6 @@ class SDMGrad(Method):
     paper = "Xiao et al., NeurIPS 2023"
     year = 2023
     sees = "gram"
-    syncs = True  # the solver's iterations depend on the values; it runs on the host
 
     def __init__(self, lam: float = 0.3, *, head_gradients: str = "raw") -> None:
         super().__init__(head_gradients=head_gradients)
@@ -77,4 +76,4 @@ class SDMGrad(Method):
         self.lam = lam
 
     def _rule(self, view: View) -> Tensor:
-        return sdmgrad_weights(view.gram.cpu(), self.lam, view.eps).to(view.device)
+        return sdmgrad_weights(view.gram, self.lam, view.eps)

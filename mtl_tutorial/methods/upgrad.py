@@ -34,7 +34,9 @@ def upgrad_weights(gram: Tensor, eps: float = 1e-14) -> Tensor:
         is zero, so the step is the mean over all K. Opposite gradients project on zero.
     """
     gram = gram.double()
-    return dual_cone_weights(gram, torch.eye(len(gram), dtype=gram.dtype), eps).mean(0)
+    return dual_cone_weights(
+        gram, torch.eye(len(gram), dtype=gram.dtype, device=gram.device), eps
+    ).mean(0)
 
 
 class UPGrad(Method):
