@@ -10,6 +10,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the toys are tiny: more threads
 import pytest
 import torch
 from hypothesis import settings
+from tiny import Tiny, prepared
+
+from mtl_tutorial import benchmarks
 
 torch.set_num_threads(1)
 
@@ -29,6 +32,17 @@ def fixed_seed():
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def tiny_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark of tiny.py goes by its name, also on a command line."""
+    monkeypatch.setitem(benchmarks.CLASSES, "tiny", Tiny)
+
+
+@pytest.fixture(scope="module")
+def bench() -> Tiny:
+    return prepared()
 
 
 # ------------------------------------------------------------------- the method x policy matrix

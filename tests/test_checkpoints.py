@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import Tiny, cell, prepared, without_times
+from tiny import cell, prepared, without_times
 
-from mtl_tutorial import benchmarks, checkpoints, results, training
+from mtl_tutorial import checkpoints, results, training
 
 STATE = {"w": torch.arange(6.0), "list": [1, None, "a"], "nan": float("nan")}
 
@@ -101,8 +101,7 @@ def test_the_checkpoint_before_is_used_where_the_newest_is_damaged(tmp_path, cap
     assert [p.suffix for p in what.path(tmp_path).parent.iterdir()] == [".json"]
 
 
-def test_checkpoints_beside_a_finished_result_are_removed(tmp_path, monkeypatch):
-    monkeypatch.setitem(benchmarks.CLASSES, "tiny", Tiny)
+def test_checkpoints_beside_a_finished_result_are_removed(tmp_path, tiny_is_known):
     what, cpu = cell(epochs=1), torch.device("cpu")
     list(training.sweep([what], tmp_path, cpu))
     for file in checkpoints.files(what.path(tmp_path)):  # of a process killed before its last act

@@ -16,12 +16,8 @@ from tiny import Tiny, without_times
 import mtl_tutorial
 from mtl_tutorial import benchmarks, cli, methods, results, training
 
+pytestmark = pytest.mark.usefixtures("tiny_is_known")
 TINY = [sys.executable, str(Path(__file__).with_name("tiny.py"))]
-
-
-@pytest.fixture(autouse=True)
-def _tiny_is_known(monkeypatch):
-    monkeypatch.setitem(benchmarks.CLASSES, "tiny", Tiny)
 
 
 @pytest.fixture

@@ -8,16 +8,12 @@ import torch
 from filelock import FileLock
 from tiny import Tiny, cell, prepared
 
-from mtl_tutorial import benchmarks, results, training
+from mtl_tutorial import results, training
 from mtl_tutorial.benchmarks import streams
 from mtl_tutorial.noise import LabelNoise
 
+pytestmark = pytest.mark.usefixtures("tiny_is_known")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _tiny(monkeypatch):
-    monkeypatch.setitem(benchmarks.CLASSES, "tiny", Tiny)
 
 
 def grid(methods="equal,mgda", seeds=2, rates=(4e-3, 1e-2)):

@@ -6,12 +6,13 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny import Tiny, cell, prepared
+from tiny import Tiny, cell
 from torch import nn
 
 from mtl_tutorial import benchmarks, checkpoints, cli, methods, results, together, training
 from mtl_tutorial.models import HardSharing
 
+pytestmark = pytest.mark.usefixtures("tiny_is_known")
 CPU = torch.device("cpu")
 ALONE = {"cross_learning", "famo", "independent", "individual", "joint"}
 TOGETHER = [
@@ -59,16 +60,6 @@ class Restless(Tiny):
     def batches(self, protocol, generator):
         for inputs, targets in super().batches(protocol, generator):
             yield inputs + torch.rand_like(inputs), targets
-
-
-@pytest.fixture(scope="module")
-def bench():
-    return prepared()
-
-
-@pytest.fixture(autouse=True)
-def _tiny_is_known(monkeypatch):
-    monkeypatch.setitem(benchmarks.CLASSES, "tiny", Tiny)
 
 
 def apart(ours, theirs):

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 from helpers import assert_equal_state
-from tiny import Tiny, cell, prepared, sweep_all, without_times
+from tiny import Tiny, cell, sweep_all, without_times
 from torch.nn import functional as F
 
 from mtl_tutorial import benchmarks, checkpoints, methods, results, training
@@ -20,18 +20,9 @@ from mtl_tutorial.benchmarks import Task
 from mtl_tutorial.metrics import ACCURACY
 from mtl_tutorial.training import Spec, fitting, parse_spec, parse_specs
 
+pytestmark = pytest.mark.usefixtures("tiny_is_known")
 CPU = torch.device("cpu")
 EVERY = [results.BASELINE, *methods.available()]
-
-
-@pytest.fixture(scope="module")
-def bench():
-    return prepared()
-
-
-@pytest.fixture(autouse=True)
-def _tiny_is_known(monkeypatch):
-    monkeypatch.setitem(benchmarks.CLASSES, "tiny", Tiny)
 
 
 class Stop(Exception):
