@@ -271,7 +271,8 @@ def best_rate(runs: Sequence[dict[str, Any]]) -> float | None:
     """The learning rate with the best validation scores after the last epoch.
 
     Judged with the lowest seed that has tried most rates, by Delta m against the validation
-    scores of the first rate; never by test scores. Failed runs are left out.
+    scores of the first rate; never by test scores. Where that rate scores zero, as for a class that
+    is never found, the best of the others stands for it. Failed runs are left out.
 
     Args:
         runs: results of one method that differ in learning rate and seed.
@@ -289,7 +290,12 @@ def best_rate(runs: Sequence[dict[str, Any]]) -> float | None:
     tried.sort(key=_rate)
     higher = tried[0]["metrics"]
     scores = [mean_scores([run["history"][-1]["val"]], higher) for run in tried]
-    drops = [delta_m(score, scores[0], higher) for score in scores]
+    # Another reference shifts a metric's drops alike for all rates, so a zero can be replaced.
+    reference = {
+        task: {m: scores[0][task][m] or max(abs(s[task][m]) for s in scores) or 1.0 for m in ms}
+        for task, ms in higher.items()
+    }
+    drops = [delta_m(score, reference, higher) for score in scores]
     finite = [math.inf if math.isnan(drop) else drop for drop in drops]
     return _rate(tried[finite.index(min(finite))])
 

@@ -130,6 +130,16 @@ def test_lower_is_better_where_the_metric_says_so_when_rates_are_compared():
     assert results.best_rate([of(0.1, 0.6), of(0.3, 0.5), of(1.0, 0.7)]) == 0.3
 
 
+@pytest.mark.parametrize("first", [0.0, 50.0])
+def test_a_rate_can_be_chosen_where_the_first_one_scores_zero(first):
+    def of(lr, acc, err):
+        return result("x", lr=lr, history=[{"val": {"a": {"acc": acc}, "b": {"err": err}}}])
+
+    found = [of(0.1, first, 0.5), of(0.3, 70.0, 0.4), of(1.0, 60.0, 0.4)]
+    assert results.best_rate(found) == 0.3
+    assert results.best_rate([of(0.1, 0.0, 0.5), of(0.3, 0.0, 0.4)]) == 0.3
+
+
 def test_methods_are_compared_with_equal_weighting_seed_by_seed():
     runs = [
         *(result("equal", s, acc) for s, acc in enumerate((80, 100))),
