@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import shutil
 import subprocess
 import tempfile
@@ -17,8 +19,7 @@ from urllib.request import urlopen
 import pytest
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-
-
+WAIT_MS = 15_000  # virtual milliseconds that a page's scripts are given
 OPTIONS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
@@ -42,24 +43,34 @@ def _cut() -> list[str]:
     return cut if able else []
 
 
-def dump_dom(page: Path, *, wait_ms: int = 15_000, timeout: float = 600.0) -> str:
-    """What a page's document holds after its scripts ran.
+def ask(probe: str, *, script: Path, body: str, timeout: float = 600.0) -> Any:
+    """What a probe returns in a page with one script of the book.
 
     Skips the test where there is no browser.
 
     Args:
-        page: an HTML file.
-        wait_ms: virtual milliseconds that the scripts are given.
-        timeout: real seconds.
+        probe: the body of a JavaScript function, called once the page stands.
+        script: the book's script.
+        body: HTML that the script finds.
+        timeout: seconds.
     """
+    text = (
+        f"<!doctype html><meta charset=utf-8>{body}<pre id=out></pre>"
+        f"<script>{script.read_text(encoding='utf-8')}</script>"
+        "<script>document.addEventListener('DOMContentLoaded', () => {"
+        "const asked = () => {" + probe + "};"
+        "document.getElementById('out').textContent = JSON.stringify(asked());});</script>"
+    )
     with tempfile.TemporaryDirectory() as profile:
+        page = Path(profile) / "page.html"
+        page.write_text(text, encoding="utf-8")
         done = subprocess.run(
             [
                 *(*_cut(), _browser(), *OPTIONS),
                 f"--user-data-dir={profile}",
-                f"--virtual-time-budget={wait_ms}",
+                f"--virtual-time-budget={WAIT_MS}",
                 "--dump-dom",
-                page.resolve().as_uri(),
+                page.as_uri(),
             ],
             capture_output=True,
             text=True,
@@ -67,7 +78,9 @@ def dump_dom(page: Path, *, wait_ms: int = 15_000, timeout: float = 600.0) -> st
             timeout=timeout,
         )
     assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    out = re.search(r'<pre id="out">(.+?)</pre>', done.stdout, re.S)
+    assert out, "the script did not finish"
+    return json.loads(html.unescape(out[1]))
 
 
 class Tab:
@@ -102,15 +115,21 @@ class Tab:
             " : setTimeout(look, 50); look(); })"
         )
 
+    def paper(self) -> None:
+        """Lay pages out from now on as on A4 with margins of 10 mm, at 96 pixels to the inch."""
+        self._call("Emulation.setEmulatedMedia", media="print")
+        size = {"width": 718, "height": 1047, "deviceScaleFactor": 1, "mobile": False}
+        self._call("Emulation.setDeviceMetricsOverride", **size)
+
 
 @contextmanager
-def open_tab(timeout: float = 180.0) -> Iterator[Tab]:
+def open_tab(timeout: float = 900.0) -> Iterator[Tab]:
     """A browser with one tab, to be told what to do; its pages should be files.
 
     Skips the test where there is no browser or no client for its socket.
 
     Args:
-        timeout: seconds that one answer may take.
+        timeout: seconds that one answer may take; the largest pages keep a busy core for minutes.
     """
     websocket = pytest.importorskip("websocket", reason="websocket-client, of JupyterLab")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import re
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from browser import dump_dom
+from browser import ask
 
 from mtl_tutorial import plots
 from mtl_tutorial.methods import create
@@ -72,24 +71,15 @@ document.querySelector("[aria-label='Show CAGrad, c = 0.4']").click();
 story.push(says());
 document.querySelector("input[value='3']").click();
 story.push(says());
-document.getElementById("out").textContent = JSON.stringify({ found, kept, cones, colors, story });
+return { found, kept, cones, colors, story };
 """
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
+def browser():
     """What the browser computed and showed."""
-    page = tmp_path_factory.mktemp("rules") / "page.html"
-    page.write_text(
-        f"<!doctype html><meta charset=utf-8><div id=mtl-rules><img alt=fallback></div>"
-        f"<pre id=out></pre><script>{SCRIPT.read_text(encoding='utf-8')}</script>"
-        f"<script>document.addEventListener('DOMContentLoaded', () => {{"
-        f"const positions = {json.dumps(positions())};{PROBE}}});</script>",
-        encoding="utf-8",
-    )
-    out = re.search(r'<pre id="out">(.+?)</pre>', dump_dom(page), re.S)
-    assert out, "the script did not finish"
-    return json.loads(html.unescape(out[1]))
+    probe = f"const positions = {json.dumps(positions())};{PROBE}"
+    return ask(probe, script=SCRIPT, body="<div id=mtl-rules><img alt=fallback></div>")
 
 
 def names() -> list[str]:

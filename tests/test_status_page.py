@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import importlib
 import json
 import re
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from browser import dump_dom
+from browser import ask
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "book"
@@ -84,26 +83,21 @@ const found = [column(0)];
 for (const i of [1, 1, 0, 2]) { press(i); found.push(column(0)); }
 found.push([...box.tHead.rows[0].cells].map((cell) => cell.getAttribute("aria-sort")));
 found.push(document.querySelectorAll("button").length);
-document.getElementById("out").textContent = JSON.stringify(found);
+return found;
 """
 
 
-def test_tables_of_figures_sort_in_a_browser(tmp_path):
+def test_tables_of_figures_sort_in_a_browser():
     rows = [("b", "9.5 ± 1.0", "word"), ("c", "", "1,200"), ("a", "−3.00 ± 0.1", "30")]
     rows.append(("d", "10.25", "4"))
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     words = "<table><thead><tr><th>x</th></tr></thead><tbody>" + "<tr><td>w</td></tr>" * 5
-    path = tmp_path / "page.html"
-    path.write_text(
-        "<!doctype html><meta charset=utf-8><div class=bd-article><table><thead><tr><th>name</th>"
-        f"<th>score</th><th>other</th></tr></thead><tbody>{body}</tbody></table>{words}</tbody>"
-        f"</table></div><pre id=out></pre><script>{(BOOK / '_static/sort.js').read_text()}</script>"
-        f"<script>document.addEventListener('DOMContentLoaded', () => {{{SORTED}}});</script>",
-        encoding="utf-8",
+    tables = (
+        "<div class=bd-article><table><thead><tr><th>name</th><th>score</th><th>other</th></tr>"
+        f"</thead><tbody>{body}</tbody></table>{words}</tbody></table></div>"
     )
-    out = re.search(r'<pre id="out">(.+?)</pre>', dump_dom(path), re.S)
-    assert out, "the script did not finish"
-    start, up, down, by_name, mixed, directions, buttons = json.loads(html.unescape(out[1]))
+    found = ask(SORTED, script=BOOK / "_static" / "sort.js", body=tables)
+    start, up, down, by_name, mixed, directions, buttons = found
     assert start == ["b", "c", "a", "d"]
     assert up == ["a", "b", "d", "c"]  # the blank cell last
     assert down == ["d", "b", "a", "c"]
