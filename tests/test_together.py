@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny import Tiny, cell
+from tiny import Tiny, apart, cell, without_times
 from torch import nn
 
 from mtl_tutorial import benchmarks, checkpoints, cli, methods, results, together, training
@@ -60,16 +60,6 @@ class Restless(Tiny):
     def batches(self, protocol, generator):
         for inputs, targets in super().batches(protocol, generator):
             yield inputs + torch.rand_like(inputs), targets
-
-
-def apart(ours, theirs):
-    """Largest relative difference of the parameters of two lists of runs."""
-    pairs = [
-        (p.detach(), q.detach().to(p.device))
-        for a, b in zip(ours, theirs, strict=True)
-        for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True)
-    ]
-    return max(float((p - q).norm() / q.norm()) for p, q in pairs)
 
 
 def both_ways(cells, bench, epochs=1):
@@ -151,12 +141,6 @@ def test_points_and_equations_go_together():
 
 
 # ----------------------------------------------------------------------------- result files
-
-
-def without_times(result):
-    times = {"seconds", "seconds_per_epoch", "date", "commit", "peak_memory_mb", "together"}
-    history = [{k: v for k, v in h.items() if k != "seconds"} for h in result["history"]]
-    return {**{k: v for k, v in result.items() if k not in times}, "history": history}
 
 
 def test_results_are_those_of_runs_one_by_one_also_after_a_kill(tmp_path):

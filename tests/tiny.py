@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -54,10 +55,20 @@ def prepared() -> Tiny:
     return bench
 
 
+def apart(ours: Sequence[training.Run], theirs: Sequence[training.Run]) -> float:
+    """Largest relative difference of the parameters of two lists of runs."""
+    pairs = [
+        (p.detach(), q.detach().to(p.device))
+        for a, b in zip(ours, theirs, strict=True)
+        for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True)
+    ]
+    return max(float((p - q).norm() / q.norm()) for p, q in pairs)
+
+
 def without_times(value: Any) -> Any:
-    """A result without what differs between two equal runs: times, memory, commits in between."""
+    """A result without what differs between two equal runs: times, memory, commits, company."""
     if isinstance(value, dict):
-        times = {"seconds", "seconds_per_epoch", "date", "commit", "peak_memory_mb"}
+        times = {"seconds", "seconds_per_epoch", "date", "commit", "peak_memory_mb", "together"}
         return {k: without_times(v) for k, v in value.items() if k not in times}
     return [without_times(v) for v in value] if isinstance(value, list) else value
 
