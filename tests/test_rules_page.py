@@ -71,6 +71,8 @@ document.querySelector("[aria-label='Show CAGrad, c = 0.4']").click();
 story.push(says());
 document.querySelector("input[value='3']").click();
 story.push(says());
+for (let i = 0; i < 20; i += 1) press("ArrowUp", true);
+story.push(says());
 return { found, kept, cones, colors, story };
 """
 
@@ -126,7 +128,7 @@ def test_shaded_wedge_is_there_where_a_step_lowers_all_losses(browser):
 
 
 def test_drag_keys_and_choices_change_the_figure(browser):
-    start, dragged, keyed, chosen, three = browser["story"]
+    start, dragged, keyed, chosen, three, longest = browser["story"]
     assert start["angles"][0] == "11 degrees, length 2.04"
     assert start["status"].startswith("In conflict: tasks 1 and 2.")
     assert dragged["angles"] == ["90 degrees, length 1.50", start["angles"][1]]
@@ -135,6 +137,9 @@ def test_drag_keys_and_choices_change_the_figure(browser):
     assert chosen["arrows"] == keyed["arrows"] + 1
     assert len(three["angles"]) == 3
     assert "Pareto stationary" in three["status"]
+    # A key for the length leaves the angle alone, also where the figure ends.
+    assert three["angles"][0] == "11 degrees, length 2.04"
+    assert longest["angles"][0] == "11 degrees, length 2.91"
 
 
 def test_page_has_a_figure_for_readers_without_script():

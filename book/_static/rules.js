@@ -296,6 +296,7 @@
 
   const SVG = "http://www.w3.org/2000/svg";
   const HALF = 3;  // the figure shows -3 to 3 on both axes
+  const REACH = HALF - 0.15;  // of a gradient along an axis
   const STARTS = { 2: [[2, 0.4], [-1, 0.6]], 3: [[2, 0.4], [-0.5, 1.2], [-0.2, -0.7]] };
   const SHOWN = ["equal", "mgda", "imtl_g", "upgrad"];
 
@@ -331,7 +332,6 @@
       const at = plus(to, scaled(unit(to), 0.17));
       element("text", { x: at[0], y: -at[1] + 0.06, fill: paint, "text-anchor": "middle" }, g, label);
     }
-    return g;
   }
 
   function start(box) {
@@ -364,8 +364,7 @@
     const body = element("tbody", {}, table);
 
     function move(k, to) {
-      const reach = HALF - 0.15;
-      state.g[k] = to.map((x) => Math.min(reach, Math.max(-reach, x)));
+      state.g[k] = to.map((x) => Math.min(REACH, Math.max(-REACH, x)));
       if (norm(state.g[k]) < 0.05) state.g[k] = polar(angleOf(to), 0.05);
       draw();
     }
@@ -397,8 +396,10 @@
         const grow = { ArrowUp: 0.05 * by, ArrowDown: -0.05 * by }[event.key] || 0;
         if (!turn && !grow) return;
         event.preventDefault();
-        const x = state.g[k];
-        move(k, polar(angleOf(x) + (turn * Math.PI) / 180, Math.max(0.05, norm(x) + grow)));
+        const angle = angleOf(state.g[k]) + (turn * Math.PI) / 180;
+        const longest = REACH / Math.max(...polar(angle, 1).map(Math.abs));
+        const length = Math.min(longest, Math.max(0.05, norm(state.g[k]) + grow));
+        move(k, polar(angle, length));
       });
       return grip;
     }
