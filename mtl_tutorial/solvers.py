@@ -13,8 +13,9 @@ are relative, so tiny, huge and unequal gradients are solved alike.
 
 The number of iterations depends on the values, so this is done on the host. Tensors come in and go
 out; in between the arrays are NumPy's, whose calls cost a third of torch's at these sizes, and the
-calls are all that a solver of K unknowns costs. For a tensor on an accelerator, which would have to
-be waited for, all but `max_min_weights` hand the problem to `mtl_tutorial.device_solvers`.
+calls are all that a solver of K unknowns costs. A tensor on an accelerator would have to be waited
+for, so there all hand the problem to `mtl_tutorial.device_solvers` but `max_min_weights`, for whose
+search no number of rounds is always enough.
 
 This file needs torch and NumPy; on an accelerator it uses device_solvers.py where that lies beside
 it.

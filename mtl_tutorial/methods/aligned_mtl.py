@@ -100,6 +100,9 @@ class AlignedMTL(Method):
       gradients, so float64 keeps more.
     * An all-zero Jacobian raises there. Here: B = 0, so the weights and the step are zero.
 
+    On an accelerator "min" and "rmse" are found without eigenvalues, so nothing waits for the
+    device. "median" is one of them, and waits.
+
     The length of the step jumps where an eigenvalue falls below rounding error: near-collinear
     gradients give a tiny step, exactly collinear ones a full step. That is the method's own.
     """

@@ -55,10 +55,9 @@ class DualProj(Method):
     paper = "Lopez-Paz and Ranzato, NeurIPS 2017; Quinton and Rey, 2024"
     year = 2017
     sees = "gram"
-    syncs = True  # the solver's iterations depend on the values; it runs on the host
 
     def __init__(self, *, head_gradients: str = "raw") -> None:
         super().__init__(head_gradients=head_gradients)
 
     def _rule(self, view: View) -> Tensor:
-        return dualproj_weights(view.gram.cpu(), view.eps).to(view.device)
+        return dualproj_weights(view.gram, view.eps)

@@ -59,10 +59,9 @@ class UPGrad(Method):
     paper = "Quinton and Rey, 2024"
     year = 2024
     sees = "gram"
-    syncs = True  # the solver's iterations depend on the values; it runs on the host
 
     def __init__(self, *, head_gradients: str = "raw") -> None:
         super().__init__(head_gradients=head_gradients)
 
     def _rule(self, view: View) -> Tensor:
-        return upgrad_weights(view.gram.cpu(), view.eps).to(view.device)
+        return upgrad_weights(view.gram, view.eps)
