@@ -764,6 +764,8 @@ def test_gpu_no_step_waits_and_the_step_is_that_of_the_cpu(name, path):
 # ------------------------------------------------------------------------------------- compiled
 
 
+# torch.compile warns on Python 3.13.0, the patch release, alone.
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python:RuntimeWarning")
 @pytest.mark.parametrize("level", ["parameters", "features"])
 @pytest.mark.parametrize("backend", ["aot_eager"])
 def test_compiled_model_and_losses(backend, level):
