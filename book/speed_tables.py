@@ -102,14 +102,18 @@ def measured(runs: Iterable[Run], names: Sequence[str]) -> dict[str, list[Row]]:
     return {name: cases for name, cases in table.items() if cases}
 
 
-COLUMNS: dict[str, Callable[[Row], float | None]] = {
+Column = Callable[[Row], float | None]
+OWN: dict[str, Column] = {
     "ours / ew": lambda case: named(case, OURS).get("ratio"),
     "limit / ew": lambda case: named(case, LIMIT).get("ratio"),
     "features / ew": lambda case: named(case, FEATURES).get("ratio"),
+}
+PEERS: dict[str, Column] = {
     "TorchJD / ours": lambda case: named(case, TORCHJD).get("over_ours"),
     "its best / ours": lambda case: quickest(of_family(case, "torchjd")).get("over_ours"),
     "LibMTL / ours": lambda case: quickest(of_family(case, "libmtl")).get("over_ours"),
 }
+COLUMNS = OWN | PEERS
 
 
 def steps_table(runs: list[Run]) -> list[str]:
@@ -164,8 +168,7 @@ def growth_table(runs: list[Run]) -> list[str]:
         facts = cases[0]
         row = [str(facts["tasks"]), f"{facts['shared']:,}"]
         row += [spread([named(case, EW)["ms"] for case in kept], ".1f")]
-        for value in list(COLUMNS.values())[:3]:
-            row.append(spread([value(case) for case in kept], ".1f"))
+        row += [spread([column(case) for case in kept], ".1f") for column in OWN.values()]
         for family in ("torchjd", "libmtl"):
             best = [quickest(of_family(case, family)).get("ratio") for case in kept]
             row.append(spread(best, ".1f"))

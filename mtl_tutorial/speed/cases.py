@@ -324,12 +324,13 @@ BUILDERS: dict[str, Callable[[], Case]] = {
     "tiny": _tiny,
 }
 CASES = [name for name in BUILDERS if name != "tiny"]  # tiny is for the tests
-BUILDERS |= {
+GROWING: dict[str, Callable[[], Case]] = {
     f"w{width}k{k}": partial(_growing, width, k)
     for width in (256, 1024)
     for k in (2, 5, 10, 20, 40, 80, 139)
 }
-GROWTH = [name for name in BUILDERS if name not in (*CASES, "tiny")]
+GROWTH = list(GROWING)
+BUILDERS |= GROWING
 
 
 def chosen(text: str) -> list[str]:
