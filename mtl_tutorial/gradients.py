@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 if TYPE_CHECKING:
+    from .layers import FromOutput, Layer
     from .parallel import Ranks
-    from .rowless import Layer
 
 Losses = Tensor | Sequence[Tensor]
 Closure = Callable[..., Any]
@@ -298,6 +298,22 @@ def _sum_over(
     return total
 
 
+def _in_place_of_outputs(
+    answers: Sequence[Tensor | None], layers: Sequence[FromOutput], n: int
+) -> list[Tensor | None]:
+    """Gradients of n targets from autograd's answers, which end in those of the layers' outputs."""
+    gradients: list[Tensor | None] = [None] * n
+    elsewhere = {place for layer in layers for place in layer.places}
+    kept = [j for j in range(n) if j not in elsewhere]
+    for j, answer in zip(kept, answers, strict=False):
+        gradients[j] = answer
+    for layer, answer in zip(layers, answers[len(kept) :], strict=False):
+        if answer is not None:
+            for j, gradient in zip(layer.places, layer.gradients(answer), strict=True):
+                gradients[j] = gradient
+    return gradients
+
+
 class LossGraph:
     """K losses as autograd edges, and the parameters that they share.
 
@@ -489,14 +505,19 @@ class LossGraph:
         rows = scratch.rows(len(self.edges), sum(sizes), dtype, devices[0])
         self.reached = [False] * len(targets)
         head_gradients: list[list[Tensor | None]] = []
+        quick = self._from_outputs(targets)
+        elsewhere = {place for layer in quick for place in layer.places}
+        asked = [target for j, target in enumerate(targets) if j not in elsewhere]
+        asked += [layer.edge for layer in quick]
         for i, (edge, head) in enumerate(zip(self.edges, self.heads, strict=True)):
-            gradients = torch.autograd.grad(
+            answers = torch.autograd.grad(
                 [edge],
-                [*targets, *head],  # type: ignore[arg-type]  # tensors beside edges are fine
+                [*asked, *head],  # type: ignore[arg-type]  # tensors beside edges are fine
                 grad_outputs=None if scale is None else [scale.to(self.values.dtype)],
                 retain_graph=keep_graph or i < len(self.edges) - 1,
                 allow_unused=True,
             )
+            gradients = _in_place_of_outputs(answers, quick, len(targets)) if quick else answers
             views, found = [], []
             for j, (view, shape) in enumerate(zip(rows[i].split(sizes), shapes, strict=True)):
                 gradient = gradients[j]
@@ -508,12 +529,20 @@ class LossGraph:
                     self.reached[j] = True
             if found:
                 torch._foreach_copy_(views, found)
-            head_gradients.append(list(gradients[len(targets) :]))
+            head_gradients.append(list(answers[len(asked) :]))
         if own:
             self.used = [a or b for a, b in zip(self.used, self.reached, strict=True)]
         if scale is not None:
             rows /= scale.to(rows.dtype)
         return rows, head_gradients
+
+    def _from_outputs(self, targets: Sequence[Tensor | GradientEdge]) -> list[FromOutput]:
+        """Layers among the targets whose gradients are computed here, from those of outputs."""
+        try:
+            from .layers import from_outputs  # here, so that this file by itself needs torch alone
+        except ImportError:
+            return []
+        return from_outputs(self, targets)
 
     def head_gradients(self, scale: Tensor | None = None) -> list[list[Tensor | None]]:
         """Gradients of each present task's head alone, beside `heads`; the graph is kept.
@@ -1004,7 +1033,7 @@ class Method:
         try:
             from . import rowless  # here, so that this file by itself needs torch alone
         except ImportError:
-            return [], "rowless.py is not there"
+            return [], "rowless.py and layers.py are not both there"
         return rowless.plan(graph, always=self.path == "gram")
 
     @property

@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import mtl_tutorial
-from mtl_tutorial import rowless
+from mtl_tutorial import layers
 from mtl_tutorial.gradients import LossGraph, Method, gram_matrix, task_gradients
 from mtl_tutorial.methods import CLASSES, IMTLG, AlignedMTL, PCGrad, available, create
 from mtl_tutorial.savings import losses_in_pieces
@@ -277,7 +277,7 @@ def test_layers_are_recognised(name):
     model = net(name)
     graph = LossGraph(model.losses())
     graph.partition(model.shared, model.own)
-    assert len(rowless.find_layers(graph)) == ZOO[name][2]
+    assert len(layers.find_layers(graph)) == ZOO[name][2]
 
 
 @pytest.mark.parametrize("name", GRAM)
@@ -365,11 +365,11 @@ def test_multiplications_are_counted_as_they_are_done():
         model.zero_grad()
     graph = LossGraph(model.losses())
     graph.partition(model.shared, model.own)
-    layers = rowless.find_layers(graph)
-    kept_back = sum(0.1 * 8 * layer.fan_in * layer.fan_out * (layer.n + 8) for layer in layers)
+    found = layers.find_layers(graph)
+    kept_back = sum(0.1 * 8 * layer.fan_in * layer.fan_out * (layer.n + 8) for layer in found)
     # The rows' own Gram matrix and sum are products as well; sums of weights times rows are not
     # counted above.
-    saved = sum(layer.saved(8) for layer in layers) + kept_back
+    saved = sum(layer.saved(8) for layer in found) + kept_back
     assert (counts["rows"] - counts["gram"]) == pytest.approx(saved, rel=0.05)
 
 
@@ -571,10 +571,10 @@ def passes_of(name: str) -> int:
     losses, runs = model.losses(), []
     graph = LossGraph(losses)
     graph.partition(model.shared, model.own)
-    layer = rowless.find_layers(graph)[0]
+    layer = layers.find_layers(graph)[0]
     layer.node.register_prehook(lambda gradients: runs.append(1))
     # A prehook runs where the node does: ask for something behind it.
-    last = rowless.find_layers(graph)[-1].node
+    last = layers.find_layers(graph)[-1].node
     last.register_prehook(lambda gradients: runs.append(1))
     assert step(model, AlignedMTL(), "gram", losses=losses).path == "gram"
     return len(runs)
@@ -686,7 +686,7 @@ def test_the_engine_works_without_this_module(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == "rows rowless.py is not there"
+    assert done.stdout.strip() == "rows rowless.py and layers.py are not both there"
 
 
 # ------------------------------------------------------------------------------ reads on the host
@@ -696,7 +696,7 @@ def test_the_engine_works_without_this_module(tmp_path):
 def pretended_accelerator(monkeypatch):
     """Tensors without values: reading one is an error; the engine does as on an accelerator."""
     pretend_accelerator(monkeypatch)
-    monkeypatch.setattr(rowless, "_plain", lambda parameter: True)  # these are a subclass
+    monkeypatch.setattr(layers, "_plain", lambda parameter: True)  # these are a subclass
     with FakeTensorMode():
         yield
 
