@@ -6,9 +6,12 @@ contenders run the same case with the same optimiser; they differ in the gradien
 * ``ew``: the sum of the losses, one backward pass. ``ew again`` is the same once more.
 * ``ours`` and ``ours, features``: `Method.backward` as a user calls it, with the path that the
   engine chooses by itself, on shared parameters and on the shared representation.
-* ``limit``: what every exact method with one gradient per task has to do, and nothing more: the
-  forward pass, K backward passes through the trunk, the heads' passes, the optimiser. The Gram
-  matrix without rows gets below it.
+* ``limit``: what every method with one gradient per task has to do, and nothing more: the forward
+  pass, K backward passes of autograd through the trunk, the heads' passes, the optimiser. The Gram
+  matrix without rows gets below it, and so do gradients computed quicker than autograd's.
+* ``floor``: as ``limit``, but K - 1 of the trunk's passes give the activations' gradients alone, as
+  if a Gram matrix cost nothing. A peer's time over it bounds how much faster than the peer an exact
+  step of autograd's operations can be.
 * ``torchjd ...``: TorchJD as its documentation writes it (``mtl_backward``, ``jac_to_grad``), by
   default and with each of its settings for speed; and its other engine, ``autogram``.
 * ``libmtl ...``: LibMTL's release 1.1.5 from PyPI. Its trainer needs a GPU and modules that newer
@@ -31,6 +34,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .. import methods
 from ..names import nearest
@@ -111,6 +115,48 @@ def limit_step(case: Case, rule: str) -> Step:
             of_trunk = torch.autograd.grad(z, case.shared, cotangent, retain_graph=not last)
             for parameter, gradient in zip(head, of_head, strict=True):
                 parameter.grad = gradient
+        for parameter, gradient in zip(case.shared, of_trunk, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+
+    return step
+
+
+def floor_step(case: Case, rule: str) -> Step:
+    optimizer = case.optimizer()
+    trunk = list(case.model.trunk.modules())
+    # Products and pointwise functions of all tasks at once take less time than one by one.
+    batched = all(type(m) in (nn.Sequential, nn.Linear, nn.ReLU) for m in trunk)
+    first = next(m for m in trunk if not list(m.children()) and list(m.parameters()))
+    edges: list[GradientEdge] = []
+
+    def note(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        edges[:] = [get_gradient_edge(output)]
+
+    first.register_forward_hook(note)
+
+    def step() -> None:
+        z = case.model.features(case.batch)
+        cut = z.detach().requires_grad_()
+        losses = case.losses_at(cut)
+        optimizer.zero_grad(set_to_none=True)
+        cotangents = []
+        for loss, head in zip(losses, case.heads, strict=True):
+            cotangent, *of_head = torch.autograd.grad(loss, [cut, *head])
+            cotangents.append(cotangent)
+            for parameter, gradient in zip(head, of_head, strict=True):
+                parameter.grad = gradient
+        *others, last = cotangents
+
+        def through(cotangent: Tensor) -> Tensor:
+            return torch.autograd.grad([z], edges, cotangent, retain_graph=True)[0]
+
+        if batched:
+            torch.vmap(through)(torch.stack(others))
+        else:
+            for cotangent in others:
+                through(cotangent)
+        of_trunk = torch.autograd.grad(z, case.shared, last)
         for parameter, gradient in zip(case.shared, of_trunk, strict=True):
             parameter.grad = gradient
         optimizer.step()
@@ -258,7 +304,8 @@ def libmtl_step(case: Case, rule: str) -> Step:
 
 # ------------------------------------------------------------------------------- who takes part
 
-EW, AGAIN, OURS, FEATURES, LIMIT = "ew", "ew again", "ours", "ours, features", "limit"
+EW, AGAIN, OURS, FEATURES = "ew", "ew again", "ours", "ours, features"
+LIMIT, FLOOR = "limit", "floor"
 TORCHJD = "torchjd"
 
 REFERENCES = [
@@ -267,6 +314,7 @@ REFERENCES = [
     Contender(OURS, "ours", our_step, 1),
     Contender(FEATURES, "ours", our_feature_step),
     Contender(LIMIT, "reference", limit_step),
+    Contender(FLOOR, "reference", floor_step),
 ]
 TORCHJD_SETTINGS = [
     Contender(TORCHJD, "torchjd", torchjd_step(None, False), 3),

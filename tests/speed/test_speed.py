@@ -10,10 +10,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtl_tutorial import cli
 from mtl_tutorial.speed import accuracy, cases, contenders, memory, report, solver_times, steps
-from mtl_tutorial.speed.contenders import AGAIN, EW, FEATURES, LIMIT, OURS, Contender
+from mtl_tutorial.speed.contenders import AGAIN, EW, FEATURES, FLOOR, LIMIT, OURS, Contender
 
 CPU = torch.device("cpu")
 HAS_TORCHJD = contenders.missing("torchjd") is None
@@ -272,7 +273,9 @@ def test_exact_contenders_take_the_same_step(rule: str):
     tolerance = 1e-2 if rule in ("mgda", "upgrad") else 1e-4  # TorchJD's stop early, or regularise
     seen = []
     for contender in contenders.field(rule):
-        if contender.name in (EW, AGAIN, FEATURES, LIMIT) or contenders.missing(contender.family):
+        if contender.name in (EW, AGAIN, FEATURES, LIMIT, FLOOR) or contenders.missing(
+            contender.family
+        ):
             continue
         got = accuracy.shared_gradient(contender, "tiny", rule, CPU)
         limit = 1e-5 if contender.family == "ours" else tolerance
@@ -309,10 +312,38 @@ def test_references_take_their_steps():
     contenders.equal_step(case, "mgda")()
     for parameter, row in zip(case.shared, rows, strict=True):
         torch.testing.assert_close(parameter.grad, row)
-    case = cases.make("tiny")
-    contenders.limit_step(case, "mgda")()
-    contenders.limit_step(case, "mgda")()
-    assert all(p.grad is not None for p in case.model.parameters())
+    for name in ("tiny", "a"):  # all tasks at once, and one by one
+        case = cases.make(name)
+        contenders.limit_step(case, "mgda")()
+        contenders.limit_step(case, "mgda")()
+        every = [p.grad.clone() for p in case.model.parameters()]
+        case = cases.make(name)
+        contenders.floor_step(case, "mgda")()
+        contenders.floor_step(case, "mgda")()
+        for p, grad in zip(case.model.parameters(), every, strict=True):
+            torch.testing.assert_close(p.grad, grad)
+
+
+class Multiplications(TorchDispatchMode):
+    """Counts those of products of two matrices."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            a, b = args[-2:]
+            self.count += a.numel() * b.shape[-1]
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_floor_makes_the_weights_gradients_of_one_task():
+    counts = []
+    for build in (contenders.limit_step, contenders.floor_step):
+        step = build(cases.make("d16"), "mgda")
+        with Multiplications() as counter:
+            step()
+        counts.append(counter.count)
+    assert counts[0] - counts[1] == 9 * 5 * 16 * 1024**2  # nine tasks, five layers, batch 16
 
 
 def test_steps_barely_move_the_model():
