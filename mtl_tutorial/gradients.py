@@ -298,22 +298,6 @@ def _sum_over(
     return total
 
 
-def _in_place_of_outputs(
-    answers: Sequence[Tensor | None], layers: Sequence[FromOutput], n: int
-) -> list[Tensor | None]:
-    """Gradients of n targets from autograd's answers, which end in those of the layers' outputs."""
-    gradients: list[Tensor | None] = [None] * n
-    elsewhere = {place for layer in layers for place in layer.places}
-    kept = [j for j in range(n) if j not in elsewhere]
-    for j, answer in zip(kept, answers, strict=False):
-        gradients[j] = answer
-    for layer, answer in zip(layers, answers[len(kept) :], strict=False):
-        if answer is not None:
-            for j, gradient in zip(layer.places, layer.gradients(answer), strict=True):
-                gradients[j] = gradient
-    return gradients
-
-
 class LossGraph:
     """K losses as autograd edges, and the parameters that they share.
 
@@ -505,10 +489,11 @@ class LossGraph:
         rows = scratch.rows(len(self.edges), sum(sizes), dtype, devices[0])
         self.reached = [False] * len(targets)
         head_gradients: list[list[Tensor | None]] = []
-        quick = self._from_outputs(targets)
-        elsewhere = {place for layer in quick for place in layer.places}
-        asked = [target for j, target in enumerate(targets) if j not in elsewhere]
-        asked += [layer.edge for layer in quick]
+        columns = rows.split(sizes, dim=1)
+        layers = self._from_outputs(targets)
+        elsewhere = {place for layer in layers for place in layer.places}
+        kept = [j for j in range(len(targets)) if j not in elsewhere]
+        asked = [*(targets[j] for j in kept), *(layer.edge for layer in layers)]
         for i, (edge, head) in enumerate(zip(self.edges, self.heads, strict=True)):
             answers = torch.autograd.grad(
                 [edge],
@@ -517,19 +502,24 @@ class LossGraph:
                 retain_graph=keep_graph or i < len(self.edges) - 1,
                 allow_unused=True,
             )
-            gradients = _in_place_of_outputs(answers, quick, len(targets)) if quick else answers
             views, found = [], []
-            for j, (view, shape) in enumerate(zip(rows[i].split(sizes), shapes, strict=True)):
-                gradient = gradients[j]
+            for j, gradient in zip(kept, answers, strict=False):
+                view = columns[j][i]
                 if gradient is None:
                     view.zero_()
                 else:
-                    views.append(view.view(shape))
+                    views.append(view.view(shapes[j]))
                     found.append(gradient)
                     self.reached[j] = True
             if found:
                 torch._foreach_copy_(views, found)
+            for layer, gradient in zip(layers, answers[len(kept) :], strict=False):
+                layer.take([columns[j][i] for j in layer.places], gradient)
+                for j in layer.places:
+                    self.reached[j] |= gradient is not None
             head_gradients.append(list(answers[len(asked) :]))
+        for layer in layers:
+            layer.finish()
         if own:
             self.used = [a or b for a, b in zip(self.used, self.reached, strict=True)]
         if scale is not None:

@@ -84,7 +84,7 @@ class Rowless:
         self.shared, self.layers = graph.shared, layers
         taken = {i for layer in layers for i in (layer.weight, layer.bias)}
         self.rest = [i for i in range(len(self.shared)) if i not in taken]
-        self.inputs = [layer.rows() for layer in layers]
+        self.inputs = [layer.input() for layer in layers]
         targets: list[Tensor | GradientEdge] = [GradientEdge(layer.node, 0) for layer in layers]
         targets += [self.shared[i] for i in self.rest]
         doors = _doors(graph)

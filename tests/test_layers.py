@@ -24,22 +24,22 @@ GEOMETRIES = {
 @pytest.fixture
 def blocks(monkeypatch):
     """A CPU with vectors of 8 floats, whatever this one is."""
-    monkeypatch.setattr(layers, "_blocks_of_8", lambda: True)
+    monkeypatch.setattr(layers, "_vectors_of_8", lambda: True)
 
 
 @pytest.fixture
 def used(blocks, monkeypatch):
-    """Numbers of layers whose gradients came from their outputs, one per call."""
-    counts: list[int] = []
+    """The ways that convolutions went in place of autograd's, a list per call."""
+    ways: list[list[str]] = []
     ask = layers.from_outputs
 
-    def counted(*arguments):
+    def noted(*arguments):
         found = ask(*arguments)
-        counts.append(len(found))
+        ways.append([type(layer).__name__ for layer in found])
         return found
 
-    monkeypatch.setattr(layers, "from_outputs", counted)
-    return counts
+    monkeypatch.setattr(layers, "from_outputs", noted)
+    return ways
 
 
 class Net(nn.Module):
@@ -70,6 +70,10 @@ def lenet(**geometry) -> Net:
     return Net(nn.Conv2d(1, 10, 5, **geometry), nn.Conv2d(10, 20, 3, **geometry))
 
 
+def wide(**geometry) -> Net:
+    return Net(nn.Conv2d(16, 24, 3, **geometry), nn.Conv2d(24, 8, (2, 3), **geometry), channels=16)
+
+
 def by_autograd(net: Net) -> Tensor:
     """Rows as autograd gives them, in float64."""
     rows = []
@@ -84,21 +88,39 @@ def doubled(net: Net) -> Net:
     return net
 
 
+WAYS = {"ChannelsLast": lenet, "Together": wide}
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", list(GEOMETRIES))
-def test_gradients_from_outputs_are_autograds(used, name, bias):
-    net = lenet(bias=bias, **GEOMETRIES[name])
+@pytest.mark.parametrize("way", list(WAYS))
+def test_gradients_from_outputs_are_autograds(used, way, name, bias):
+    net = WAYS[way](bias=bias, **GEOMETRIES[name])
     rows = task_gradients(net.losses(), net.shared)
-    assert used == [2]
+    assert used == [[way, way]]
     assert relative_error(rows, by_autograd(doubled(net))) < 2e-6
 
 
-def test_the_whole_step_is_the_same(used):
+@pytest.mark.parametrize("room", [-1, 0])
+def test_output_gradients_of_all_tasks_are_held_where_there_is_room(used, monkeypatch, room):
+    net = wide()
+    outputs = 3 * (24 * 15 * 13 + 8 * 14 * 11)  # of three examples
+    monkeypatch.setattr(layers, "_HELD", 5 * outputs + room)
+    a, b = net.losses()
+    rows = task_gradients([a, b, 2 * a, 2 * b, 3 * a], net.shared)
+    assert used == [[] if room < 0 else ["Together", "Together"]]
+    expected = by_autograd(doubled(net))
+    for k, row in enumerate(rows):
+        assert relative_error(row, (k // 2 + 1) * expected[k % 2]) < 2e-6
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_the_whole_step_is_the_same(used, way):
     """Also beside layers treated without rows, and for a rule that looks at the rows."""
     for rule, path in ((AlignedMTL, "rows"), (AlignedMTL, "gram"), (PCGrad, "rows")):
         found = []
         for quick in (True, False):
-            net, method = lenet(), rule()
+            net, method = WAYS[way](), rule()
             method.path = path
             if not quick:
                 for p in net.shared:
@@ -108,9 +130,10 @@ def test_the_whole_step_is_the_same(used):
         assert relative_error(found[0], found[1]) < 2e-6
 
 
-def test_what_is_left_to_autograd(used):
+def test_what_is_left_to_autograd(used, monkeypatch):
     small = Net(nn.Conv2d(1, 10, 3))  # looking for it would cost more
-    full = Net(nn.Conv2d(16, 24, 3), channels=16)
+    short = Net(nn.Conv2d(8, 24, 3), channels=8)
+    points = Net(nn.Conv2d(160, 8, 1), channels=160)
     colours = Net(nn.Conv2d(3, 10, 5), channels=3)
     nearly = Net(nn.Conv2d(12, 24, 3), channels=12)
     last = lenet().to(memory_format=torch.channels_last)
@@ -119,27 +142,36 @@ def test_what_is_left_to_autograd(used):
     twice = Net(nn.Conv2d(10, 10, 3, padding=1), channels=10)
     twice.trunk.insert(1, twice.trunk[0])
     double = doubled(lenet().double())
-    for net in (small, full, colours, nearly, last, hooked, twice, double):
+    nets = (small, short, points, colours, nearly, last, hooked, twice, double)
+    for net in nets:
         rows = task_gradients(net.losses(), net.shared)
         net.x = net.x.double()
         assert relative_error(rows, by_autograd(net)) < 2e-6
-    assert used == [0] * 8
+    assert used == [[]] * len(nets)
+    task_gradients((net := wide()).losses()[:1], net.shared)  # one task has nothing to share
+    monkeypatch.setattr(layers, "_PATCHES", 1000)
+    task_gradients((net := wide()).losses(), net.shared)
+    assert used[len(nets) :] == [[], []]
 
 
 def test_an_input_with_channels_last_is_left_to_autograd(used):
     net = Net(nn.Conv2d(10, 20, 3), channels=10)
     net.x = net.x.contiguous(memory_format=torch.channels_last)
     task_gradients(net.losses(), net.shared)
-    assert used == [0]
+    assert used == [[]]
 
 
-def test_other_vectors_are_left_to_autograd(monkeypatch):
-    monkeypatch.setattr(layers, "_blocks_of_8", lambda: False)
-    assert not layers.is_padded(torch.zeros(10, 1, 5, 5))
+def test_other_vectors_are_left_to_autograd(used, monkeypatch):
+    monkeypatch.setattr(layers, "_vectors_of_8", lambda: False)
+    for make in WAYS.values():
+        net = make()
+        task_gradients(net.losses(), net.shared)
+    assert used == [[], []]
 
 
-def test_frozen_bias_unused_layers_and_absent_tasks(used):
-    net = lenet()
+@pytest.mark.parametrize("way", list(WAYS))
+def test_frozen_bias_unused_layers_and_absent_tasks(used, way):
+    net = WAYS[way]()
     net.trunk[2].bias.requires_grad_(False)
     shared = [p for p in net.shared if p.requires_grad]
     first, second = net.losses()
@@ -147,15 +179,16 @@ def test_frozen_bias_unused_layers_and_absent_tasks(used):
     graph = LossGraph([first, branch, second.detach()])
     graph.partition(shared, [(), (), ()])
     rows, _ = graph.rows_and_head_gradients(keep_graph=True)
-    assert used == [2]
+    assert used == [[way, way]]
     assert rows[1].eq(0).all()
     expected = torch.autograd.grad(first, shared)
     assert relative_error(rows[0], torch.cat([g.flatten() for g in expected])) < 2e-6
     assert graph.reached == [True] * len(shared)
 
 
-def test_an_input_changed_afterwards_is_noticed(used):
-    net = Net(nn.Conv2d(10, 20, 3), channels=10)
+@pytest.mark.parametrize("channels", [10, 16])
+def test_an_input_changed_afterwards_is_noticed(used, channels):
+    net = Net(nn.Conv2d(channels, 20, 3), channels=channels)
     losses = net.losses()
     net.x.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -170,4 +203,4 @@ def test_patches_are_those_of_unfold(name):
     graph.partition(net.shared)
     (layer,) = layers.find_layers(graph)
     patches = F.unfold(net.x, (3, 2), **geometry).transpose(1, 2).reshape(layer.n, 4, 6)
-    assert torch.equal(layer.rows(), patches.transpose(1, 2).reshape(layer.n, -1))
+    assert torch.equal(layer.rows(layer.input()), patches.transpose(1, 2).reshape(layer.n, -1))

@@ -421,7 +421,7 @@
       element("polygon", {
         points: state.g.map((x) => `${x[0]},${-x[1]}`).join(" "), class: "mtl-hull",
       }, picture);
-      state.g.forEach((x, k) => arrow(picture, x, "#0072B2", "", 0.05, `g${"₁₂₃"[k]}`));
+      state.g.forEach((x, k) => arrow(picture, x, "var(--mtl-gradient)", "", 0.05, `g${"₁₂₃"[k]}`));
       Object.keys(methods).filter((name) => state.on.has(name)).forEach((name) => {
         const { color, dash } = methods[name];
         arrow(picture, found[name].direction, color, dash, 0.035);
