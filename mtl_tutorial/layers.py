@@ -244,7 +244,7 @@ class ChannelsLast(FromOutput):
         )
         row[0].view(layer.weight_shape).copy_(weight)
         if layer.bias is not None:
-            torch.sum(d, (0, 2, 3), out=row[1])
+            row[1].copy_(d.sum((0, 2, 3)))
 
 
 class Together(FromOutput):
@@ -275,7 +275,7 @@ class Together(FromOutput):
         for i, (row, _) in enumerate(self._held):
             row[0].view(layer.weight_shape).copy_(weights[i])
             if layer.bias is not None:
-                torch.sum(outputs[i].view(fan_out, -1), 1, out=row[1])
+                row[1].copy_(outputs[i].view(fan_out, -1).sum(1))
         self._held.clear()
 
 
@@ -287,10 +287,10 @@ def from_outputs(graph: LossGraph, targets: Sequence[Tensor | GradientEdge]) -> 
         targets: what is differentiated by.
     """
     k = len(graph.edges)
-    ways = {id(t): _way(t, k) for t in targets if isinstance(t, Tensor)}
+    places = {id(t): i for i, t in enumerate(targets) if isinstance(t, Tensor) and t.is_leaf}
+    ways = {id(t): _way(t, k) for t in targets if id(t) in places}  # type: ignore[arg-type]
     if not any(ways.values()):
         return []
-    places = {id(t): i for i, t in enumerate(targets) if isinstance(t, Tensor)}
     padded, large = [], []
     for layer in find_layers(graph):
         weight = graph.shared[layer.weight]

@@ -154,6 +154,26 @@ def test_what_is_left_to_autograd(used, monkeypatch):
     assert used[len(nets) :] == [[], []]
 
 
+@pytest.mark.parametrize("way", list(WAYS))
+def test_rows_may_be_wider_than_a_layers_gradients(used, way):
+    net = WAYS[way]()
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    losses = [loss * scale for loss in net.losses()]
+    rows = task_gradients(losses, [*net.shared, scale])
+    assert rows.dtype == torch.float64
+    assert used == [[way, way]]
+    assert relative_error(rows[:, :-1], by_autograd(doubled(net))) < 2e-6
+
+
+def test_features_are_no_weights(used, monkeypatch):
+    monkeypatch.setattr(layers, "find_layers", None)  # not even looked for
+    z = F.conv2d(torch.ones(4, 1, 20, 20), torch.ones(8, 1, 3, 3, requires_grad=True))
+    graph = LossGraph([z.sum(), z.square().sum()], features=z)
+    graph.partition()
+    graph.rows_and_head_gradients()
+    assert used == [[]]
+
+
 def test_an_input_with_channels_last_is_left_to_autograd(used):
     net = Net(nn.Conv2d(10, 20, 3), channels=10)
     net.x = net.x.contiguous(memory_format=torch.channels_last)
