@@ -8,8 +8,8 @@ command is ``mtl-tutorial speed``.
 What makes the comparison fair:
 
 * In every round the order of the contenders is drawn anew, and each runs once untimed right before
-  its timed step, so that nobody inherits another's caches. Figures are medians of ratios to equal
-  weighting in the same round.
+  its timed steps, so that nobody inherits another's caches. Quick steps are timed several times in
+  a turn. Figures are medians of ratios to equal weighting in the same round.
 * Equal weighting takes part twice. The ratio of the two (A/A) is the noise; where it is off by more
   than 5%, the case is marked noisy.
 * Peers run at their default and at the best of their settings, which the same run finds and names.

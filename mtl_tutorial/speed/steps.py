@@ -18,6 +18,7 @@ Tell = Callable[[str], None]
 
 NOISY = 0.05  # how far the A/A ratio may be from one
 LEAST_ROUNDS = 3  # however long they take
+TURN = 0.5  # seconds for which a contender's steps are timed in a round
 CLOSE = 1.1  # settings this close to the best one in the trial are timed again
 MOST_SETTINGS = 2  # of a peer, beside its default
 
@@ -46,17 +47,20 @@ def interleave(
     seconds: float = float("inf"),
     *,
     least: int = LEAST_ROUNDS,
+    turn: float = 0.0,
     timer: Timer = wall_time,
     rng: random.Random | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[dict[str, float]]:
-    """Run every step once per round, in an order drawn anew, each once untimed and once timed.
+    """Run every step in every round, in an order drawn anew, each once untimed and then timed.
 
     Args:
         steps: what to run, by name.
         rounds: number of rounds.
         seconds: after that time no further round starts.
         least: number of rounds that start whatever the time is.
+        turn: seconds of timed steps until it is the next contender's turn; their median counts. One
+            step at least.
         timer: runs one step and returns its seconds.
         rng: source of the orders.
         clock: seconds now, for `seconds`.
@@ -74,7 +78,10 @@ def interleave(
         row = {}
         for name in order:
             steps[name]()  # untimed: what ran before leaves its traces here
-            row[name] = timer(steps[name])
+            taken = [timer(steps[name])]
+            while sum(taken) < turn:
+                taken.append(timer(steps[name]))
+            row[name] = statistics.median(taken)
         table.append(row)
     return table
 
@@ -204,7 +211,7 @@ def measure(
         steps = {n: s for n, s in steps.items() if n not in settings or n in chosen}
 
     tell(f"case {case_name}: rounds of {', '.join(steps)}")
-    table = interleave(steps, rounds, seconds, timer=timer)
+    table = interleave(steps, rounds, seconds, turn=TURN, timer=timer)
     rows = [
         {"name": c.name, "family": c.family, **summary(table, c.name)}
         if c.name in steps

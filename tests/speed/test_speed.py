@@ -83,6 +83,22 @@ def test_rounds_stop_after_the_time_but_not_before_the_least_number():
     assert len(table) == 3
 
 
+def test_quick_steps_are_timed_several_times_and_their_median_counts():
+    times = {"quick": iter([0.25, 9.0, 0.5, 0.25, 0.125, 0.25]), "slow": iter([2.0, 3.0])}
+    calls = []
+
+    def timer(step):
+        step()
+        return next(times[calls[-1]])
+
+    run = {name: (lambda name=name: calls.append(name)) for name in times}
+    table = steps.interleave(run, 2, turn=0.5, timer=timer)
+    assert table == [
+        {"quick": (0.25 + 9.0) / 2, "slow": 2.0},
+        {"quick": 0.5, "slow": 3.0},
+    ]
+
+
 def test_ratios_are_taken_within_a_round():
     """A machine that becomes slower from round to round leaves them alone."""
     timer = FakeTimer({"ew": 2.0, "ours": 3.0, "peer": 12.0}, drift=1.7)
