@@ -5,7 +5,8 @@ pages, chapters and bibliography, with the places that use it. The weekly job *l
 (``--builder linkcheck``); a dead one is news and fails nothing.
 
 The theme's side bar folds sub-pages with a mark that has no name for a screen reader; it gets one
-when the pages are written.
+when the pages are written. The bibliography is called a list there although its entries are none of
+a list's; that role is taken off.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ ADDRESS = re.compile(r"https?://[^\s<>\"'`{}|\\^\[\])]+[^\s<>\"'`{}|\\^\[\]).,;:
 BIB_FIELD = re.compile(r"^\s*(doi|url|eprint)\s*=\s*\{([^}]+)\}", re.M)
 PREFIX = {"doi": "https://doi.org/", "url": "", "eprint": "https://arxiv.org/abs/"}
 NAMELESS = '<summary><span class="toctree-toggle"'
+CALLED_LIST = '<div role="list" class="citation-list">'
+CALLED_LIST_BY_CLASS = '<div class="citation-list">'
 NAMED = '<summary aria-label="Fold the pages below"><span class="toctree-toggle"'
 
 
@@ -64,17 +67,18 @@ def fill_mark(app: Sphinx, docname: str, source: list[str]) -> None:
         source[0] = source[0].replace(MARK, table())
 
 
-def name_folds(app: Sphinx, exception: Exception | None) -> None:
-    """Give the fold marks of the written pages a name."""
+def for_screen_readers(app: Sphinx, exception: Exception | None) -> None:
+    """Give the fold marks of the written pages a name, and the bibliography no wrong role."""
     if exception is None and app.builder.format == "html":
         for page in Path(app.outdir).rglob("*.html"):
             text = page.read_text(encoding="utf-8")
-            if NAMELESS in text:
-                page.write_text(text.replace(NAMELESS, NAMED), encoding="utf-8")
+            better = text.replace(NAMELESS, NAMED).replace(CALLED_LIST, CALLED_LIST_BY_CLASS)
+            if better != text:
+                page.write_text(better, encoding="utf-8")
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register both."""
     app.connect("source-read", fill_mark)
-    app.connect("build-finished", name_folds)
+    app.connect("build-finished", for_screen_readers)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -113,6 +113,14 @@ def test_every_image_is_described(page):
 
 
 @each_page
+def test_roles_and_names_for_screen_readers(page):
+    """What axe-core found in the theme's and Sphinx's own markup."""
+    text = page.read_text(encoding="utf-8")
+    assert '<div role="list" class="citation-list">' not in text
+    assert '<summary><span class="toctree-toggle"' not in text
+
+
+@each_page
 def test_page_is_not_too_large(page):
     assert page.stat().st_size < MAX_PAGE_BYTES
 
