@@ -295,12 +295,15 @@ def test_addresses_end_where_the_sentence_goes_on(link_page):
     ]
 
 
-def test_fold_marks_of_the_side_bar_are_named(link_page, tmp_path):
+def test_fold_marks_are_named_and_the_bibliography_has_no_wrong_role(link_page, tmp_path):
     class App:
         outdir = tmp_path
         builder = type("Builder", (), {"format": "html"})
 
     page = tmp_path / "x.html"
-    page.write_text(f"<details>{link_page.NAMELESS}></span></summary></details>", encoding="utf-8")
-    link_page.name_folds(App, None)
-    assert '<summary aria-label="' in page.read_text(encoding="utf-8")
+    text = f"<details>{link_page.NAMELESS}></span></summary></details>{link_page.CALLED_LIST}</div>"
+    page.write_text(text, encoding="utf-8")
+    link_page.for_screen_readers(App, None)
+    text = page.read_text(encoding="utf-8")
+    assert '<summary aria-label="' in text
+    assert 'role="list"' not in text

@@ -94,9 +94,16 @@ def test_several_runs_give_median_and_range_and_a_noisy_one_does_not_count():
 
 def test_a_quicker_peer_is_named_and_one_that_did_not_run_is_blank():
     text = speed_tables.page([RUN])
-    assert line(text, "a")[5:] == ["1.90", "1.10", "1.50", "0.90", "", "1.01"]
+    assert line(text, "a")[5:] == ["1.90", "", "1.10", "1.50", "0.90", "", "1.01"]
     assert "**Faster than ours:** torchjd chunk=1 (0.90)." in text
     assert "Blank: libmtl mgda, needs a GPU." in text
+
+
+def test_the_floor_stands_beside_the_limit():
+    run = copy.deepcopy(RUN)
+    rows = run["steps"][0]["rows"]
+    rows.append({**rows[1], "name": "floor", "family": "reference", "ratio": 1.25})
+    assert line(speed_tables.page([run]), "a")[5:8] == ["1.90", "1.25", "1.10"]
 
 
 def test_another_allocator_is_another_table():
