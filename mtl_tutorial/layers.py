@@ -113,14 +113,27 @@ class Layer:
 
     def gradients(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gradients of weight and bias from input and gradient of the output."""
-        rows = self.rows(x)  # made anew, as patches take more room than time
         if self.convolution:
-            _, c, *kernel = self.weight_shape
-            weight = d.transpose(0, 1).reshape(self.fan_out, -1) @ rows
-            weight = weight.view(-1, *kernel, c).permute(0, 3, 1, 2).contiguous()
-            return weight, None if self.bias is None else d.sum((0, 2, 3))
-        weight = d.T @ rows if self.flipped else rows.T @ d
+            (weight,) = self.kernels(x, d.transpose(0, 1).reshape(self.fan_out, -1))
+            return weight.contiguous(), None if self.bias is None else d.sum((0, 2, 3))
+        weight = d.T @ x if self.flipped else x.T @ d
         return weight, None if self.bias is None else d.sum(0)
+
+    def kernels(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """Gradients of a convolution's weight for any number of tasks, in one product.
+
+        Patches are made anew for it, as they take more room than time.
+
+        Args:
+            x: input of the layer.
+            outputs: gradients of its output (tasks times fan_out, n).
+
+        Returns:
+            Tensor (tasks, *weight_shape), not contiguous.
+        """
+        fan_out, channels, *kernel = self.weight_shape
+        products = (outputs @ self.patches(x)).view(-1, fan_out, *kernel, channels)
+        return products.permute(0, 1, 4, 2, 3)
 
     @property
     def geometry(self) -> tuple[list[int], list[int], list[int]]:
@@ -269,13 +282,11 @@ class Together(FromOutput):
         outputs = self._x.new_empty(k, layer.fan_out, layer.shape[0], *layer.shape[2:])
         for output, (_, d) in zip(outputs, self._held, strict=True):
             output.copy_(d.transpose(0, 1))
-        fan_out, channels, *kernel = layer.weight_shape
-        weights = outputs.view(k * fan_out, -1) @ layer.patches(self._x)
-        weights = weights.view(k, fan_out, *kernel, channels).permute(0, 1, 4, 2, 3)
+        weights = layer.kernels(self._x, outputs.view(k * layer.fan_out, -1))
         for i, (row, _) in enumerate(self._held):
             row[0].view(layer.weight_shape).copy_(weights[i])
             if layer.bias is not None:
-                row[1].copy_(outputs[i].view(fan_out, -1).sum(1))
+                row[1].copy_(outputs[i].view(layer.fan_out, -1).sum(1))
         self._held.clear()
 
 

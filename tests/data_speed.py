@@ -13,15 +13,14 @@ at hand, random images of its size.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from records import hand_out, provenance
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -29,7 +28,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from mtl_tutorial import benchmarks, training
 from mtl_tutorial.benchmarks import Data
 from mtl_tutorial.benchmarks.multimnist import lenet
-from mtl_tutorial.results import write_atomically
 
 SIZE = 256
 Batches = Iterable[tuple[Tensor, ...]]
@@ -129,15 +127,10 @@ def main() -> None:
     data, what = images()
     record = {
         "data": what,
-        "device": training.describe_device(device),
-        "versions": training.versions(),
-        "commit": training.git_commit(),
+        **provenance(device),
         "epoch": compare(data, device, arguments.rounds),
     }
-    text = json.dumps(record, indent=1)
-    sys.stdout.write(text + "\n")
-    if arguments.out:
-        write_atomically(arguments.out, (text + "\n").encode())
+    hand_out(record, arguments.out)
 
 
 if __name__ == "__main__":

@@ -13,18 +13,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import random
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from records import hand_out, provenance
 
 from mtl_tutorial import benchmarks, together, training
-from mtl_tutorial.results import write_atomically
 
 EPOCHS = {"toy": 20, "multidigits": 2, "helmholtz": 2}
 METHODS = "equal,aligned_mtl"
@@ -80,9 +78,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     record = {
         "seeds": arguments.seeds,
-        "device": training.describe_device(device),
-        "versions": training.versions(),
-        "commit": training.git_commit(),
+        **provenance(device),
         "training": {
             benchmark: {
                 method: compare(benchmark, method, arguments.seeds, device, arguments.rounds)
@@ -91,10 +87,7 @@ def main() -> None:
             for benchmark in EPOCHS
         },
     }
-    text = json.dumps(record, indent=1)
-    sys.stdout.write(text + "\n")
-    if arguments.out:
-        write_atomically(arguments.out, (text + "\n").encode())
+    hand_out(record, arguments.out)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -101,6 +101,15 @@ def our_feature_step(case: Case, rule: str) -> Step:
     return step
 
 
+def heads_passes(case: Case, losses: list[Tensor], cut: Tensor) -> Iterator[Tensor]:
+    """One pass per head, as they are asked for: its ``.grad``, and the gradient by the features."""
+    for loss, head in zip(losses, case.heads, strict=True):
+        cotangent, *of_head = torch.autograd.grad(loss, [cut, *head])
+        for parameter, gradient in zip(head, of_head, strict=True):
+            parameter.grad = gradient
+        yield cotangent
+
+
 def limit_step(case: Case, rule: str) -> Step:
     optimizer = case.optimizer()
 
@@ -109,12 +118,9 @@ def limit_step(case: Case, rule: str) -> Step:
         cut = z.detach().requires_grad_()
         losses = case.losses_at(cut)
         optimizer.zero_grad(set_to_none=True)
-        for i, (loss, head) in enumerate(zip(losses, case.heads, strict=True)):
-            cotangent, *of_head = torch.autograd.grad(loss, [cut, *head])
+        for i, cotangent in enumerate(heads_passes(case, losses, cut)):
             last = i == case.n_tasks - 1
             of_trunk = torch.autograd.grad(z, case.shared, cotangent, retain_graph=not last)
-            for parameter, gradient in zip(head, of_head, strict=True):
-                parameter.grad = gradient
         for parameter, gradient in zip(case.shared, of_trunk, strict=True):
             parameter.grad = gradient
         optimizer.step()
@@ -140,13 +146,7 @@ def floor_step(case: Case, rule: str) -> Step:
         cut = z.detach().requires_grad_()
         losses = case.losses_at(cut)
         optimizer.zero_grad(set_to_none=True)
-        cotangents = []
-        for loss, head in zip(losses, case.heads, strict=True):
-            cotangent, *of_head = torch.autograd.grad(loss, [cut, *head])
-            cotangents.append(cotangent)
-            for parameter, gradient in zip(head, of_head, strict=True):
-                parameter.grad = gradient
-        *others, last = cotangents
+        *others, last = heads_passes(case, losses, cut)
 
         def through(cotangent: Tensor) -> Tensor:
             return torch.autograd.grad([z], edges, cotangent, retain_graph=True)[0]
