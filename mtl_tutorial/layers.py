@@ -129,7 +129,7 @@ class Layer:
             outputs: gradients of its output (tasks times fan_out, n).
 
         Returns:
-            Tensor (tasks, *weight_shape), not contiguous.
+            Gradients (tasks, and the shape of the weight), not contiguous.
         """
         fan_out, channels, *kernel = self.weight_shape
         products = (outputs @ self.patches(x)).view(-1, fan_out, *kernel, channels)
