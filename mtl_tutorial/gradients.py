@@ -169,6 +169,13 @@ def add_gradient(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None
         parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
+def _bare(parameters: Iterable[Tensor]) -> bool:
+    """Whether no parameter has a ``.grad`` yet, nor a hook that waits for one."""
+    return all(
+        p.grad is None and not getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters
+    )
+
+
 def all_finite(gradients: Iterable[Tensor | None], device: torch.device) -> Tensor:
     """Whether all entries of these gradients are finite, 0-dimensional bool on the device."""
     found = [g._values() if g.is_sparse else g for g in gradients if g is not None and g.numel()]
@@ -638,11 +645,24 @@ class LossGraph:
         if self.ranks is not None:
             direction = direction[self._columns]
         cotangent = direction.view(self.features.shape)
+        if self.ranks is None and _bare(self.shared):
+            return self._filled(cotangent)
         found = torch.autograd.grad([self.features], self.shared, [cotangent], allow_unused=True)
         if self.ranks is not None:
             return _sum_over(self.ranks, self.shared, found)
         # Autograd may hand out one tensor, or an expanded one, for several parameters.
         return [None if g is None else g.clone() for g in found]
+
+    def _filled(self, cotangent: Tensor) -> list[Tensor | None]:
+        """The features' pass into empty ``.grad``, where autograd copies only what others hold."""
+        assert self.features is not None
+        try:
+            torch.autograd.backward([self.features], [cotangent], inputs=self.shared)
+        finally:
+            found = [p.grad for p in self.shared]
+            for p in self.shared:
+                p.grad = None
+        return found
 
     def add_heads(
         self, gradients: list[list[Tensor | None]], weights: Tensor | None, ok: Tensor | None
@@ -657,8 +677,10 @@ class LossGraph:
                 gradient = [None if g is None else g * factor.to(g.dtype) for g in gradient]
             if ok is not None:
                 gradient = [None if g is None else torch.where(ok, g, 0.0) for g in gradient]
-            # Autograd may hand out one tensor, or an expanded one, for several parameters.
-            add_gradient(head, [None if g is None else g.clone() for g in gradient])
+            if weights is None and ok is None:
+                # Autograd may hand out one tensor, or an expanded one, for several parameters.
+                gradient = [None if g is None else g.clone() for g in gradient]
+            add_gradient(head, gradient)
 
 
 # ------------------------------------------------------------------------- a rule and its method

@@ -492,6 +492,47 @@ def test_gradients_behind_the_features_do_not_share_memory():
     assert torch.equal(a.grad, b.grad)
 
 
+def test_features_pass_leaves_gradients_that_no_hook_keeps():
+    """A hook of the user's that keeps what it saw must not see its tensor change afterwards."""
+    layer = nn.Linear(3, 2, bias=False)
+    kept = []
+    layer.weight.register_hook(kept.append)
+    z = layer(torch.ones(1, 3))
+    IMTLG().backward([z.sum(), (2 * z).sum()], features=z)
+    layer.weight.grad.add_(1)
+    torch.testing.assert_close(kept[-1], torch.full((2, 3), 4 / 3))
+
+
+def test_features_pass_neither_fires_hooks_of_accumulation_nor_loses_a_gradient_to_them():
+    layer = nn.Linear(3, 2, bias=False)
+    fired = []
+    layer.weight.register_post_accumulate_grad_hook(fired.append)
+    z = layer(torch.ones(1, 3))
+    IMTLG().backward([z.sum(), (2 * z).sum()], features=z)
+    assert not fired
+    assert layer.weight.grad is not None
+
+
+def test_features_pass_that_fails_leaves_no_gradient_behind():
+    """One parameter has its gradient already when the other's backward pass raises."""
+
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError("no memory")
+
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    z = Failing.apply(b * 1) * 1 + a  # a's gradient is there first
+    with pytest.raises(RuntimeError, match="no memory"):
+        AlignedMTL().backward([z.sum(), (2 * z).sum()], shared=[a, b], heads=[[], []], features=z)
+    assert a.grad is None
+    assert b.grad is None
+
+
 # --------------------------------------------------------------------------- memory and syncs
 
 
