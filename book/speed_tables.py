@@ -40,10 +40,11 @@ weighting (`ew`: the sum of the losses, one backward pass), against TorchJD and 
 random data with Adam. {doc}`/notebooks/63_costs` says where the figures come from.
 
 The contenders take turns in one process, in an order drawn anew in every round. Each runs once
-untimed, then for half a second, one step at least, of which the median is its time in that round;
-ratios are taken within a round, and the median over the rounds counts. `ew` takes part twice:
-column A/A is its ratio to itself, the noise. A run in which a case's A/A ratio is off by more than
-5 % does not count for that case. Brackets hold the least and the largest value over several runs.
+untimed, then for half a second or a tenth of the longest step of all, whichever is more, and one
+step at least; the median of these steps is its time in that round. Ratios are taken within a round,
+and the median over the rounds counts. `ew` takes part twice: column A/A is its ratio to itself, the
+noise. A run in which a case's A/A ratio is off by more than 5 % does not count for that case.
+Brackets hold the least and the largest value over several runs.
 
 Our engine chooses its path by itself. TorchJD runs as its documentation writes it, and again at the
 quickest of its settings, tried anew for each case and run. LibMTL's release lacks some methods; in

@@ -18,7 +18,8 @@ Tell = Callable[[str], None]
 
 NOISY = 0.05  # how far the A/A ratio may be from one
 LEAST_ROUNDS = 3  # however long they take
-TURN = 0.5  # seconds for which a contender's steps are timed in a round
+TURN = 0.5  # seconds for which a contender's steps are timed in a round, at least
+SHARE = 0.1  # the same, of the longest step so far: all ratios rest on one of the shortest
 CLOSE = 1.1  # settings this close to the best one in the trial are timed again
 MOST_SETTINGS = 2  # of a peer, beside its default
 
@@ -48,6 +49,7 @@ def interleave(
     *,
     least: int = LEAST_ROUNDS,
     turn: float = 0.0,
+    share: float = 0.0,
     timer: Timer = wall_time,
     rng: random.Random | None = None,
     clock: Callable[[], float] = time.perf_counter,
@@ -61,6 +63,7 @@ def interleave(
         least: number of rounds that start whatever the time is.
         turn: seconds of timed steps until it is the next contender's turn; their median counts. One
             step at least.
+        share: the same in multiples of the longest step so far, if that is more.
         timer: runs one step and returns its seconds.
         rng: source of the orders.
         clock: seconds now, for `seconds`.
@@ -69,7 +72,7 @@ def interleave(
         Seconds by name, one dict per round.
     """
     rng = rng or random.Random(0)
-    begin, table = clock(), []
+    begin, table, longest = clock(), [], 0.0
     for done in range(rounds):
         if done >= least and clock() - begin > seconds:
             break
@@ -79,7 +82,8 @@ def interleave(
         for name in order:
             steps[name]()  # untimed: what ran before leaves its traces here
             taken = [timer(steps[name])]
-            while sum(taken) < turn:
+            longest = max(longest, *taken)
+            while sum(taken) < max(turn, share * longest):
                 taken.append(timer(steps[name]))
             row[name] = statistics.median(taken)
         table.append(row)
@@ -211,7 +215,7 @@ def measure(
         steps = {n: s for n, s in steps.items() if n not in settings or n in chosen}
 
     tell(f"case {case_name}: rounds of {', '.join(steps)}")
-    table = interleave(steps, rounds, seconds, turn=TURN, timer=timer)
+    table = interleave(steps, rounds, seconds, turn=TURN, share=SHARE, timer=timer)
     rows = [
         {"name": c.name, "family": c.family, **summary(table, c.name)}
         if c.name in steps
