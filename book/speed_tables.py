@@ -39,7 +39,8 @@ One training step is forward pass, gradients, weights and optimiser. Here it is 
 weighting (`ew`: the sum of the losses, one backward pass), against TorchJD and against LibMTL, on
 random data with Adam. {doc}`/notebooks/63_costs` says where the figures come from.
 
-The contenders take turns in one process, in an order drawn anew in every round. Each runs once
+Each case has a process of its own: memory that another case freed would make large allocations
+cheaper. The contenders take turns in it, in an order drawn anew in every round. Each runs once
 untimed, then for half a second or a tenth of the longest step of all, whichever is more, and one
 step at least; the median of these steps is its time in that round. Ratios are taken within a round,
 and the median over the rounds counts. `ew` takes part twice: column A/A is its ratio to itself, the

@@ -7,6 +7,8 @@ command is ``mtl-tutorial speed``.
 
 What makes the comparison fair:
 
+* Each case has a process of its own, as training has: memory that one case freed would make the
+  next one's large allocations cheaper.
 * In every round the order of the contenders is drawn anew, and each runs once untimed right before
   its timed steps, so that nobody inherits another's caches. Quick steps are timed several times in
   a turn. Figures are medians of ratios to equal weighting in the same round.

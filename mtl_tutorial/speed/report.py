@@ -89,7 +89,7 @@ def measure(
         cases: of `cases.CASES`; the solvers need none.
         rule: of `contenders.RULES`; the accuracy is of all of them.
         device: where to run.
-        rounds, seconds: per case, see `steps.interleave`.
+        rounds, seconds: per case, which has a process of its own; see `steps.interleave`.
         threads: torch's threads on the CPU.
         tell: gets a line on what is going on.
         out: result file, replaced if it exists.
@@ -106,7 +106,8 @@ def measure(
 
     if "steps" in parts:
         for case in cases:
-            keep("steps", [steps.measure(case, rule, device, rounds, seconds, tell)])
+            arguments = (case, rule, device, rounds, seconds, threads, tell)
+            keep("steps", [steps.in_fresh_process(*arguments)])
     if "memory" in parts:
         for case in cases:
             keep("memory", [memory.measure(case, rule, device, threads, tell)])

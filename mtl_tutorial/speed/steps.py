@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -234,3 +237,62 @@ def measure(
         "torchjd_tried_ms": {name: 1e3 * value for name, value in tried.items()},
         "rows": rows,
     }
+
+
+# ------------------------------------------------------------------- a case, in its own process
+
+
+def in_fresh_process(
+    case_name: str,
+    rule: str,
+    device: torch.device,
+    rounds: int,
+    seconds: float,
+    threads: int,
+    tell: Tell = lambda _: None,
+) -> dict[str, Any]:
+    """`measure`, in a process of its own.
+
+    What earlier cases freed stays with a process: its memory is known to the system already, and
+    the C library asks for the next large block less often. Steps that allocate much, those of peers
+    above all, then take up to half as long as in a process that runs one case, as training does.
+
+    Raises:
+        OSError: the process failed; the text has its last line.
+    """
+    arguments = [case_name, rule, str(device), str(rounds), repr(seconds), str(threads)]
+    command = [sys.executable, "-m", "mtl_tutorial.speed.steps", *arguments]
+    lines = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        for line in child.stderr:
+            lines.append(line.rstrip())
+            tell(lines[-1])
+        output = child.stdout.read()
+    if child.returncode:
+        last = lines[-1][:200] if lines else "it printed nothing"
+        raise OSError(
+            f"expected the process of case {case_name} to end with code 0, got "
+            f"{child.returncode}: {last}"
+        )
+    return dict(json.loads(output.splitlines()[-1]))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print a case's measurement as JSON: case, rule, device, rounds, seconds, threads."""
+    case_name, rule, device, rounds, seconds, threads = arguments
+    torch.set_num_threads(int(threads))
+    torch.set_flush_denormal(True)  # random models make denormal numbers, at many times the price
+
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    found = measure(case_name, rule, torch.device(device), int(rounds), float(seconds), tell)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

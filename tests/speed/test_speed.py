@@ -112,6 +112,20 @@ def test_short_steps_are_timed_for_a_share_of_the_longest():
     assert timed["short"] >= 1 + 4 + 4  # in the first round, the long one may not be known yet
 
 
+def test_a_case_is_timed_in_a_process_of_its_own(monkeypatch):
+    monkeypatch.setattr(steps, "measure", lambda *a, **k: pytest.fail("measured here"))
+    told = []
+    found = steps.in_fresh_process("tiny", "mgda", CPU, 2, 60.0, 1, told.append)
+    assert found["case"] == "tiny"
+    assert next(row for row in found["rows"] if row["name"] == EW)["rounds"] == 2
+    assert told[0] == "case tiny: preparing"
+
+
+def test_a_process_that_fails_says_why():
+    with pytest.raises(OSError, match=r"case x to end with code 0, got 1: .*x"):
+        steps.in_fresh_process("x", "mgda", CPU, 1, 60.0, 1)
+
+
 def test_ratios_are_taken_within_a_round():
     """A machine that becomes slower from round to round leaves them alone."""
     timer = FakeTimer({"ew": 2.0, "ours": 3.0, "peer": 12.0}, drift=1.7)
@@ -524,7 +538,7 @@ def test_a_preloaded_allocator_is_named(monkeypatch):
     ],
 )
 def test_bad_arguments_are_refused_before_anything_runs(arguments, message, monkeypatch):
-    monkeypatch.setattr(steps, "measure", lambda *a: pytest.fail("measured"))
+    monkeypatch.setattr(steps, "in_fresh_process", lambda *a: pytest.fail("measured"))
     with pytest.raises(ValueError, match=r"expected|no ") as error:
         cli.app(["speed", *arguments], standalone_mode=False)
     assert message in str(error.value)
