@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 if TYPE_CHECKING:
-    from .layers import FromOutput, Layer
+    from .layers import Entered, FromOutput, Layer
     from .parallel import Ranks
 
 Losses = Tensor | Sequence[Tensor]
@@ -348,6 +348,7 @@ class LossGraph:
         self.heads: list[list[Tensor]] = []
         self.reached: list[bool] = []
         self._owners: dict[Node, int | None] | None = None
+        self._entrances: list[Layer] | None = None
         if not self.edges:
             raise ValueError(
                 "expected at least one loss that depends on a parameter, got losses without a "
@@ -384,6 +385,18 @@ class LossGraph:
             stop = None if self.features is None else self.features.grad_fn
             self._owners = owners_of(self.edges, stop)
         return self._owners
+
+    @property
+    def entrances(self) -> list[Layer]:
+        """`layers.entrances`: linear layers by which the heads take the features in, if they do."""
+        if self._entrances is None:
+            try:
+                from .layers import entrances  # here, so that this file by itself needs torch alone
+            except ImportError:
+                self._entrances = []
+            else:
+                self._entrances = entrances(self)
+        return self._entrances
 
     def _leaves(self) -> list[tuple[Tensor, int | None]]:
         """Leaves among `owners`, and their owners."""
@@ -483,6 +496,13 @@ class LossGraph:
             targets side by side, of the n present tasks in one buffer; and per task a list of
             gradients beside `heads`.
         """
+        scratch = Scratch() if scratch is None else scratch
+        if targets is None and self.entrances:
+            from .layers import Entered
+
+            entered = Entered(self, self.entrances, scale)
+            self.reached = [True]
+            return entered.rows(scratch), entered.head_gradients
         own = targets is None and self.features is None
         keep_graph = keep_graph or self.features is not None
         if targets is None:
@@ -492,7 +512,6 @@ class LossGraph:
         for other in dtypes[1:]:
             dtype = torch.promote_types(dtype, other)
         sizes = [shape.numel() for shape in shapes]
-        scratch = Scratch() if scratch is None else scratch
         rows = scratch.rows(len(self.edges), sum(sizes), dtype, devices[0])
         self.reached = [False] * len(targets)
         head_gradients: list[list[Tensor | None]] = []
@@ -509,17 +528,17 @@ class LossGraph:
                 retain_graph=keep_graph or i < len(self.edges) - 1,
                 allow_unused=True,
             )
-            views, found = [], []
+            views, copied = [], []
             for j, gradient in zip(kept, answers, strict=False):
                 view = columns[j][i]
                 if gradient is None:
                     view.zero_()
                 else:
                     views.append(view.view(shapes[j]))
-                    found.append(gradient)
+                    copied.append(gradient)
                     self.reached[j] = True
-            if found:
-                torch._foreach_copy_(views, found)
+            if copied:
+                torch._foreach_copy_(views, copied)
             for layer, gradient in zip(layers, answers[len(kept) :], strict=False):
                 layer.take([columns[j][i] for j in layer.places], gradient)
                 for j in layer.places:
@@ -1078,15 +1097,31 @@ class Method:
 
     def _backward_rows(self, graph: LossGraph, scale: Tensor | None) -> Info:
         """One backward pass per task, then weights, then the weighted rows."""
-        # What such a rule sees and keeps are K x K numbers: nobody holds on to the rows.
-        scratch = self._scratch if self._needs_gram_alone else None
-        rows, head_gradients = graph.rows_and_head_gradients(scale, scratch=scratch)
-        rows, head_gradients = graph.average(rows, head_gradients)
-        losses = graph.present_values
-        view = View(losses=losses, rows=rows, tasks=graph.present, n_tasks=graph.n_tasks)
+        entered = self._entered(graph, scale)
+        gram = rows = None
+        if entered is None:
+            # What such a rule sees and keeps are K x K numbers: nobody holds on to the rows.
+            scratch = self._scratch if self._needs_gram_alone else None
+            rows, head_gradients = graph.rows_and_head_gradients(scale, scratch=scratch)
+            rows, head_gradients = graph.average(rows, head_gradients)
+        else:
+            gram, head_gradients = entered.gram(), entered.head_gradients
+        view = View(
+            losses=graph.present_values,
+            rows=rows,
+            gram=gram,
+            tasks=graph.present,
+            n_tasks=graph.n_tasks,
+            dtype=None if graph.features is None else graph.features.dtype,
+        )
         before = None if graph.features is None else self._snapshot(view)
         weights, head_weights, ok = self._solve(view, scale is not None, head_gradients)
-        direction = self._combine(weights, rows)
+        if entered is None:
+            assert rows is not None
+            direction = self._combine(weights, rows)
+        else:
+            assert weights is not None
+            direction = entered.direction(weights)
         gradients = graph.shared_gradients(_masked(direction, ok, scale))
         if before is not None:
             # The trunk's own pass comes after the rule, and may overflow by itself.
@@ -1100,6 +1135,15 @@ class Method:
         add_gradient(graph.shared, gradients)
         graph.add_heads(head_gradients, head_weights, skip)
         return self._info(graph, weights, view.known_gram, ok)
+
+    def _entered(self, graph: LossGraph, scale: Tensor | None) -> Entered | None:
+        """The heads' pass, if by it the Gram matrix is cheaper than with rows over the features."""
+        if not (graph.entrances and self._needs_gram_alone) or graph.ranks is not None:
+            return None
+        from .layers import Entered, gram_is_cheaper
+
+        layers = graph.entrances
+        return Entered(graph, layers, scale) if gram_is_cheaper(layers) else None
 
     def step(
         self,

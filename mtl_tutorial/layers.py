@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from .gradients import LossGraph, form_of, gram_matrix
+from .gradients import LossGraph, Scratch, form_of, gram_matrix, upload
 
 _PADDED = 1.5  # from this share of computed over needed channels on, blocks are mostly padding
 _SMALL = 128  # entries of a weight below which looking for the layer costs more than it can save
@@ -142,8 +142,15 @@ class Layer:
         return tuple(list(getattr(self.node, f"_saved_{name}")) for name in names)  # type: ignore[return-value]
 
 
-def find_layers(graph: LossGraph) -> list[Layer]:
-    """Layers whose weight is shared, used once, and a leaf up to its transpose."""
+def find_layers(graph: LossGraph, parameters: Sequence[Tensor] | None = None) -> list[Layer]:
+    """Layers whose weight is used once, and a leaf up to its transpose.
+
+    Args:
+        graph: the losses, partitioned.
+        parameters: weights and biases to look for, and what `Layer.weight` and `Layer.bias` count;
+            the shared ones by default.
+    """
+    parameters = graph.shared if parameters is None else parameters
     uses: dict[Node, list[tuple[Node, int]]] = {}
     leaves: dict[int, Node] = {}
     for node in graph.owners:
@@ -153,9 +160,9 @@ def find_layers(graph: LossGraph) -> list[Layer]:
         for slot, (parent, _) in enumerate(node.next_functions):
             if parent is not None:
                 uses.setdefault(parent, []).append((node, slot))
-    place = {id(parameter): i for i, parameter in enumerate(graph.shared)}
+    place = {id(parameter): i for i, parameter in enumerate(parameters)}
     layers = []
-    for i, weight in enumerate(graph.shared):
+    for i, weight in enumerate(parameters):
         end = leaves.get(id(weight))
         users = [] if end is None else uses.get(end, [])
         flipped = len(users) == 1 and users[0][0].name() == "TBackward0"
@@ -347,3 +354,141 @@ def _channels_last(x: Tensor) -> bool:
     A kernel of one pixel is laid out both ways, and autograd's way with it is the quickest.
     """
     return x.stride(1) == 1
+
+
+# ------------------------------------------------------------- all heads in one backward pass
+
+
+def entrances(graph: LossGraph) -> list[Layer]:
+    """The linear layer by which each head takes the features in; empty if it is not so.
+
+    Then the gradients by these layers' outputs say all that has to be told apart: one backward pass
+    through all heads gives them side by side, where K passes would have to be asked for K gradients
+    by the same features.
+
+    Args:
+        graph: the losses, partitioned, with features.
+
+    Returns:
+        One layer per present task, its weight and bias counted over the heads' parameters side by
+        side. None at all unless each head enters once, by a linear layer that is not wider than the
+        features, shares no parameter with another, and nobody waits for the features' gradients.
+    """
+    z = graph.features
+    if z is None or z.dim() != 2 or z._backward_hooks or z.retains_grad:
+        return []
+    parameters = [p for head in graph.heads for p in head]
+    users = [k for k, head in enumerate(graph.heads) for _ in head]
+    place = {id(p): i for i, p in enumerate(parameters)}
+    if len(place) < len(parameters):
+        return []
+    doors = []
+    for node, owner in graph.owners.items():
+        at = place.get(id(getattr(node, "variable", None)))
+        if at is not None and owner != users[at]:
+            return []
+        for slot, (parent, number) in enumerate(node.next_functions):
+            if parent is z.grad_fn and number == z.output_nr:
+                doors.append((owner, node, slot))
+    if [owner for owner, _, _ in doors] != list(range(len(graph.edges))):
+        return []
+    layers = {layer.node: layer for layer in find_layers(graph, parameters)}
+    found = [layers.get(node) for _, node, _ in doors]
+    slots = {"AddmmBackward0": 1, "MmBackward0": 0}
+    for layer, (_, node, slot) in zip(found, doors, strict=True):
+        if layer is None or slots.get(node.name()) != slot or layer.fan_out > layer.fan_in:
+            return []
+    return [layer for layer in found if layer is not None]
+
+
+class Entered:
+    """One backward pass of all tasks through their heads, down to their `entrances`.
+
+    Args:
+        graph: the losses, partitioned; kept.
+        layers: `entrances` of the graph.
+        scale: factor on every loss, 0-dimensional; the heads' gradients keep it.
+
+    Attributes:
+        head_gradients: per task a list of gradients beside `graph.heads`.
+    """
+
+    def __init__(self, graph: LossGraph, layers: list[Layer], scale: Tensor | None = None) -> None:
+        assert graph.features is not None
+        self._shape, self._dtype, self._device = form_of(graph.features)
+        self._scale = scale
+        parameters = [p for head in graph.heads for p in head]
+        taken = {i for layer in layers for i in (layer.weight, layer.bias)}
+        rest = [i for i in range(len(parameters)) if i not in taken]
+        edges: list[Tensor | GradientEdge] = [GradientEdge(layer.node, 0) for layer in layers]
+        answers = torch.autograd.grad(
+            graph.edges,
+            [*edges, *(parameters[i] for i in rest)],  # type: ignore[arg-type]
+            grad_outputs=None if scale is None else [scale.to(graph.values.dtype)] * len(layers),
+            retain_graph=True,
+            allow_unused=True,
+        )
+        # Autograd notices here if a layer's input or weight was changed after the forward pass.
+        self._weights = [layer.node._saved_mat2.detach().T for layer in layers]  # type: ignore[attr-defined]
+        self._outputs = answers[: len(layers)]
+        found: list[Tensor | None] = [None] * len(parameters)
+        for i, gradient in zip(rest, answers[len(layers) :], strict=True):
+            found[i] = gradient
+        for layer, d in zip(layers, self._outputs, strict=True):
+            if d is not None:
+                found[layer.weight], bias = layer.gradients(layer.input(), d)
+                if layer.bias is not None:
+                    found[layer.bias] = bias
+        each = iter(found)
+        self.head_gradients = [[next(each) for _ in head] for head in graph.heads]
+
+    def rows(self, scratch: Scratch) -> Tensor:
+        """Gradients (n, numel) by the features."""
+        k = len(self._outputs)
+        rows = scratch.rows(k, self._shape.numel(), self._dtype, self._device)
+        for row, d, weight in zip(rows, self._outputs, self._weights, strict=True):
+            if d is None:
+                row.zero_()
+            else:
+                torch.mm(d, weight, out=row.view(self._shape))
+        if self._scale is not None:
+            rows /= self._scale.to(rows.dtype)
+        return rows
+
+    def gram(self) -> Tensor:
+        """Gram matrix (n, n) of the rows in float64, without them.
+
+        For heads that take the features z in by weights W_k, with output gradients D_k, the rows
+        are D_k W_k, and <D_j W_j, D_k W_k> is the sum over entries of (D_j^T D_k) (W_j W_k^T).
+        """
+        outputs, weights, sizes = self._side_by_side()
+        outputs, weights = outputs.double(), weights.double()
+        products = (outputs.T @ outputs) * (weights @ weights.T)
+        ones = [torch.ones(1, size, dtype=torch.float64) for size in sizes]
+        of_task = upload(torch.block_diag(*ones), outputs.device)
+        gram = of_task @ products @ of_task.T
+        return gram if self._scale is None else gram / self._scale.double() ** 2
+
+    def direction(self, weights: Tensor) -> Tensor:
+        """Weighted sum (numel,) of the rows."""
+        outputs, matrices, sizes = self._side_by_side()
+        weights = weights.to(self._dtype)
+        if self._scale is not None:
+            weights = weights / self._scale.to(self._dtype)
+        parts = [w.expand(size) for w, size in zip(weights, sizes, strict=True)]
+        return ((outputs * torch.cat(parts)) @ matrices).view(-1)
+
+    def _side_by_side(self) -> tuple[Tensor, Tensor, list[int]]:
+        """Output gradients (n, S), weights (S, fan_in), and the tasks' parts of S."""
+        outputs = [
+            weight.new_zeros(self._shape[0], len(weight)) if d is None else d
+            for d, weight in zip(self._outputs, self._weights, strict=True)
+        ]
+        return torch.cat(outputs, 1), torch.cat(self._weights), [len(w) for w in self._weights]
+
+
+def gram_is_cheaper(layers: Sequence[Layer]) -> bool:
+    """Whether `Entered.gram` takes fewer multiplications than the rows and theirs."""
+    k, n, width = len(layers), layers[0].n, layers[0].fan_in
+    outputs = sum(layer.fan_out for layer in layers)
+    return outputs**2 * (n + width) < n * width * (outputs + k**2)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtl_tutorial import layers
-from mtl_tutorial.gradients import LossGraph, task_gradients
+from mtl_tutorial.gradients import LossGraph, Scratch, task_gradients
 from mtl_tutorial.methods import AlignedMTL, PCGrad
 
 GEOMETRIES = {
@@ -224,3 +224,165 @@ def test_patches_are_those_of_unfold(name):
     (layer,) = layers.find_layers(graph)
     patches = F.unfold(net.x, (3, 2), **geometry).transpose(1, 2).reshape(layer.n, 4, 6)
     assert torch.equal(layer.rows(layer.input()), patches.transpose(1, 2).reshape(layer.n, -1))
+
+
+# ------------------------------------------------------------- all heads in one backward pass
+
+
+class Heads(nn.Module):
+    """A linear trunk and three heads in float64."""
+
+    def __init__(self, make) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(6, 8)
+        self.heads = nn.ModuleList(make() for _ in range(3))
+        self.double()
+        with torch.no_grad():
+            for i, p in enumerate(self.parameters()):
+                p.copy_(torch.randn(p.shape, generator=rng(i)))
+
+    def features(self) -> Tensor:
+        return self.trunk(torch.randn(5, 6, generator=rng(7)).double())
+
+    def graph(self, call=lambda head, z: head(z), z: Tensor | None = None) -> LossGraph:
+        z = self.features() if z is None else z
+        losses = [(call(h, z) - i).square().mean() for i, h in enumerate(self.heads)]
+        graph = LossGraph(losses, z)
+        graph.partition(self.trunk.parameters(), [h.parameters() for h in self.heads])
+        return graph
+
+
+def frozen_bias() -> nn.Module:
+    layer = nn.Linear(8, 2)
+    layer.bias.requires_grad_(False)
+    return layer
+
+
+ENTERED = {
+    "linear": lambda: nn.Linear(8, 2),
+    "without bias": lambda: nn.Linear(8, 1, bias=False),
+    "frozen bias": frozen_bias,
+    "deep": lambda: nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 3)),
+}
+
+
+@pytest.mark.parametrize("scale", [None, 8.0])
+@pytest.mark.parametrize("name", list(ENTERED))
+def test_one_pass_through_all_heads_gives_what_autograd_gives(name, scale):
+    graph = Heads(ENTERED[name]).graph()
+    factor = None if scale is None else torch.tensor(scale)
+    assert len(graph.entrances) == 3
+    entered = layers.Entered(graph, graph.entrances, factor)
+    rows = entered.rows(Scratch()).clone()
+    graph._entrances = []
+    expected, expected_heads = graph.rows_and_head_gradients(factor)
+    torch.testing.assert_close(rows, expected)
+    assert len(entered.head_gradients) == 3
+    for mine, its in zip(entered.head_gradients, expected_heads, strict=True):
+        torch.testing.assert_close(mine, its)
+    torch.testing.assert_close(entered.gram(), expected @ expected.T)
+    weights = torch.tensor([0.2, 0.5, 3.0])
+    torch.testing.assert_close(entered.direction(weights), weights.double() @ expected)
+
+
+def test_products_of_weights_as_they_are():
+    """``z @ W``, without a transpose between."""
+    net = Heads(lambda: nn.ParameterList([nn.Parameter(torch.zeros(8, 2))]))
+    graph = net.graph(lambda head, z: z @ head[0])
+    rows, (first, *_) = graph.rows_and_head_gradients()
+    assert graph.entrances
+    graph._entrances = []
+    expected, (expected_first, *_) = graph.rows_and_head_gradients()
+    torch.testing.assert_close(rows, expected)
+    torch.testing.assert_close(first, expected_first)
+
+
+def test_heads_of_other_kinds_are_left_to_autograd():
+    net = Heads(lambda: nn.Linear(8, 2))
+    assert net.graph().entrances
+    assert not net.graph(lambda h, z: h(z) + h(z).tanh()).entrances  # used twice
+    assert not net.graph(lambda h, z: h(z) + z.sum()).entrances  # a second way in
+    assert not net.graph(lambda h, z: h(z.relu())).entrances  # no layer is first
+    assert not net.graph(lambda h, z: h(z.expand(2, 5, 8))).entrances
+    assert not Heads(lambda: nn.Linear(8, 9)).graph().entrances  # wider than the features
+    common = nn.Parameter(torch.ones((), dtype=torch.float64))
+    graph = net.graph(lambda h, z: h(z) * common)
+    graph.heads = [[*head, common] for head in graph.heads]
+    assert not graph.entrances  # one pass would add up what belongs to three tasks
+    graph = net.graph(lambda h, z: h(z) * common)
+    graph.heads[0].append(common)
+    assert not graph.entrances  # nor what is listed with one of them
+    graph = net.graph()
+    graph.heads[0].append(graph.heads[2][0])
+    assert not graph.entrances  # listed twice: it has no gradient by the first loss
+    two = Heads(lambda: nn.ModuleList(nn.Linear(8, 2) for _ in range(2)))
+    assert not two.graph(lambda h, z: h[0](z) * h[1](z)).entrances  # two layers are first
+    one = torch.ones(5, 8, dtype=torch.float64)
+    square = Heads(lambda: nn.Linear(8, 8))
+    assert not square.graph(lambda h, z: torch.addmm(z, one, h.weight.t())).entrances  # as a bias
+    z = net.features()
+    z.register_hook(lambda g: 2 * g)
+    assert not net.graph(z=z).entrances
+    z = net.features()
+    z.retain_grad()
+    assert not net.graph(z=z).entrances
+    net.heads[1].weight.register_hook(lambda g: 2 * g)
+    assert not net.graph().entrances
+
+
+def test_a_loss_that_is_not_its_heads_alone_is_left_to_autograd():
+    """The second loss contains the first: the first head has two owners."""
+    net = Heads(lambda: nn.Linear(8, 2))
+    z = net.features()
+    first, second, third = (h(z).square().mean() for h in net.heads)
+    graph = LossGraph([first, first + second, third], z)
+    graph.partition(net.trunk.parameters(), [h.parameters() for h in net.heads])
+    assert not graph.entrances
+
+
+@pytest.mark.parametrize("method", [AlignedMTL, PCGrad])
+@pytest.mark.parametrize("name", ["linear", "deep"])
+def test_a_step_behind_the_features_is_the_same_by_one_pass(name, method, monkeypatch):
+    net, found = Heads(ENTERED[name]), []
+    for asked in (layers.entrances, lambda graph: []):
+        monkeypatch.setattr(layers, "entrances", asked)
+        net.zero_grad()
+        z = net.features()
+        losses = [(h(z) - i).square().mean() for i, h in enumerate(net.heads)]
+        heads = [h.parameters() for h in net.heads]
+        method().backward(losses, shared=net.trunk.parameters(), heads=heads, features=z)
+        found.append([p.grad.clone() for p in net.parameters()])
+    torch.testing.assert_close(*found)
+
+
+def test_rows_are_left_out_where_the_gram_matrix_is_cheaper_without(monkeypatch):
+    def fail(*arguments):
+        pytest.fail("rows were made")
+
+    monkeypatch.setattr(layers.Entered, "rows", fail)
+    net = Heads(lambda: nn.Linear(8, 1))
+    z = net.features()
+    losses = [(h(z) - i).square().mean() for i, h in enumerate(net.heads)]
+    info = AlignedMTL().backward(losses, features=z)
+    assert info.path == "features"
+    wide = Heads(lambda: nn.Linear(8, 8))
+    z = wide.features()
+    losses = [h(z).square().mean() for h in wide.heads]
+    with pytest.raises(pytest.fail.Exception, match="rows were made"):
+        AlignedMTL().backward(losses, features=z)
+
+
+def test_wide_heads_of_a_small_batch_get_rows():
+    """Their outputs side by side are wider than the rows are long."""
+    graph = Heads(lambda: nn.Linear(8, 8)).graph()
+    assert not layers.gram_is_cheaper(graph.entrances)
+    assert layers.gram_is_cheaper(Heads(lambda: nn.Linear(8, 1)).graph().entrances)
+
+
+def test_a_head_changed_afterwards_is_noticed():
+    net = Heads(lambda: nn.Linear(8, 1))
+    graph = net.graph()
+    with torch.no_grad():
+        net.heads[0].weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        graph.rows_and_head_gradients()
