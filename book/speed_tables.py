@@ -151,7 +151,7 @@ def steps_table(runs: list[Run]) -> list[str]:
         settings = dict.fromkeys(c["torchjd_best"] for c in kept if c["torchjd_best"])
         if settings:
             about += f" TorchJD at its best: {', '.join(settings)}."
-        if name in REMARKS:
+        if kept and name in REMARKS:
             about += f" {REMARKS[name]}"
         below.append(f"- {about}{faster(kept)}{blank(cases)}")
     if not body:
