@@ -268,8 +268,12 @@ def equal_projection_weights(gram: Tensor, eps: float = 1e-14) -> Tensor:
     if len(norms) != 2:
         x, reached = pseudo_solve(cosine, torch.ones_like(norms), small)
         v = x * inverse
-        # Opposite gradients leave rounding error, which is no solution.
-        none = (reached.norm() <= small) | (v.sum().abs() <= 1e-12 * v.abs().sum())
+        # Opposite gradients leave rounding error, which is no solution: of what lies in the null
+        # space, the more the smaller the eigenvalues are by which x was divided.
+        lost = small * ((1 - reached) * (norms > 0)).norm()
+        divisor = (x @ reached) / (x @ x)
+        error = small + torch.where(divisor > 0, lost / divisor, 0.0)
+        none = (reached.norm() <= error) | (v.sum().abs() <= 1e-12 * v.abs().sum())
         v = torch.where(none, inverse, v)
     total = v.sum().abs()
     return v / torch.where(total > 0, total, 1.0)

@@ -439,9 +439,12 @@ def equal_projection_weights(gram: Tensor, eps: float = 1e-14) -> Tensor:
         small = len(norms) * eps
         eigenvalues, vectors = np.linalg.eigh(cosine)
         # A zero gradient lies in the null space, which is left out.
-        ones = vectors.sum(0)
-        # Opposite gradients leave rounding error in `ones`, which is no solution.
-        kept = (eigenvalues > small) & (np.abs(ones) > small)
+        ones = vectors[norms > 0].sum(0)
+        range_ = eigenvalues > small
+        # Opposite gradients leave rounding error in `ones`, which is no solution: of what lies in
+        # the null space, an eigenvector has the more the smaller its eigenvalue is.
+        lost = small * np.sqrt((ones[~range_] ** 2).sum())
+        kept = range_ & (np.abs(ones) > small + lost / np.maximum(eigenvalues, small))
         x = vectors[:, kept] @ (ones[kept] / eigenvalues[kept])
         v = x * inverse
         if abs(v.sum()) <= 1e-12 * np.abs(v).sum():

@@ -120,6 +120,16 @@ def test_degenerate_gradients_have_the_answers_of_the_host(elsewhere, rule, case
     assert (there @ j - here @ j).norm() <= 1e-8 * size
 
 
+def test_imtl_g_stops_at_pairs_of_opposite_gradients_of_any_angle(elsewhere) -> None:
+    """In a plane, every tenth pair of pairs is so close that rounding errors look like a step."""
+    for seed in range(60):
+        pair = torch.nn.functional.normalize(gaussian(2, 2, seed), dim=1)
+        norms = gaussian(1, 4, seed + 1)[0].abs() + 0.1
+        j = norms[:, None] * torch.cat([pair, -pair])
+        there = elsewhere(solvers.equal_projection_weights, j @ j.T)
+        torch.testing.assert_close(there, (1 / norms) / (1 / norms).sum(), atol=1e-9, rtol=0)
+
+
 def test_numbers_worked_out_by_hand(elsewhere) -> None:
     """(2, 0) and (0, 1): nearest point of the segment, equal projections, bargaining."""
     gram = torch.diag(vector(4.0, 1.0))
