@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -371,7 +371,7 @@ def entrances(graph: LossGraph) -> list[Layer]:
 
     Returns:
         One layer per present task, its weight and bias counted over the heads' parameters side by
-        side. None at all unless each head enters once, by a linear layer that is not wider than the
+        side. Empty unless each head enters once, by a linear layer that is not wider than the
         features, shares no parameter with another, and nobody waits for the features' gradients.
     """
     z = graph.features
@@ -461,7 +461,7 @@ class Entered:
         For heads that take the features z in by weights W_k, with output gradients D_k, the rows
         are D_k W_k, and <D_j W_j, D_k W_k> is the sum over entries of (D_j^T D_k) (W_j W_k^T).
         """
-        outputs, weights, sizes = self._side_by_side()
+        outputs, weights, sizes = self._side_by_side
         outputs, weights = outputs.double(), weights.double()
         products = (outputs.T @ outputs) * (weights @ weights.T)
         ones = [torch.ones(1, size, dtype=torch.float64) for size in sizes]
@@ -471,13 +471,14 @@ class Entered:
 
     def direction(self, weights: Tensor) -> Tensor:
         """Weighted sum (numel,) of the rows."""
-        outputs, matrices, sizes = self._side_by_side()
+        outputs, matrices, sizes = self._side_by_side
         weights = weights.to(self._dtype)
         if self._scale is not None:
             weights = weights / self._scale.to(self._dtype)
         parts = [w.expand(size) for w, size in zip(weights, sizes, strict=True)]
         return ((outputs * torch.cat(parts)) @ matrices).view(-1)
 
+    @cached_property
     def _side_by_side(self) -> tuple[Tensor, Tensor, list[int]]:
         """Output gradients (n, S), weights (S, fan_in), and the tasks' parts of S."""
         outputs = [

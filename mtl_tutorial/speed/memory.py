@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import resource
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 
 from .cases import make
 from .contenders import EW, Contender, field, missing
-from .steps import Tell, fits
+from .steps import Tell, fits, run_module
 
 STATUS = Path("/proc/self/status")
 
@@ -70,12 +69,10 @@ def in_fresh_process(case_name: str, contender: str, rule: str, device: str, thr
         OSError: the process failed; the text is its last line.
     """
     arguments = [case_name, contender, rule, device, str(threads)]
-    command = [sys.executable, "-m", "mtl_tutorial.speed.memory", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"]
-        raise OSError(lines[-1][:200])
-    return int(json.loads(done.stdout.splitlines()[-1])["peak"])
+    code, lines, output = run_module("memory", arguments)
+    if code:
+        raise OSError(lines[-1][:200] if lines else f"ended with code {code}")
+    return int(json.loads(output.splitlines()[-1])["peak"])
 
 
 def measure(

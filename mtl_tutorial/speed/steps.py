@@ -261,24 +261,40 @@ def in_fresh_process(
         OSError: the process failed; the text has its last line.
     """
     arguments = [case_name, rule, str(device), str(rounds), repr(seconds), str(threads)]
-    command = [sys.executable, "-m", "mtl_tutorial.speed.steps", *arguments]
+    code, lines, output = run_module("steps", arguments, tell)
+    if code:
+        last = lines[-1][:200] if lines else "it printed nothing"
+        raise OSError(
+            f"expected the process of case {case_name} to end with code 0, got {code}: {last}"
+        )
+    return dict(json.loads(output.splitlines()[-1]))
+
+
+def run_module(
+    module: str, arguments: Sequence[str], tell: Tell = lambda _: None
+) -> tuple[int, list[str], str]:
+    """Run a module of this folder as a process of its own.
+
+    Args:
+        module: its name.
+        arguments: of its ``main``.
+        tell: gets the lines of its standard error as they come.
+
+    Returns:
+        Exit code, lines of standard error that are not blank, standard output.
+    """
+    command = [sys.executable, "-m", f"{__package__}.{module}", *arguments]
     lines = []
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as child:
         assert child.stdout is not None
         assert child.stderr is not None
-        for line in child.stderr:
+        for line in filter(str.strip, child.stderr):
             lines.append(line.rstrip())
             tell(lines[-1])
         output = child.stdout.read()
-    if child.returncode:
-        last = lines[-1][:200] if lines else "it printed nothing"
-        raise OSError(
-            f"expected the process of case {case_name} to end with code 0, got "
-            f"{child.returncode}: {last}"
-        )
-    return dict(json.loads(output.splitlines()[-1]))
+    return child.returncode, lines, output
 
 
 def main(arguments: Sequence[str]) -> None:
