@@ -253,7 +253,7 @@ def form_of(target: Tensor | GradientEdge) -> tuple[torch.Size, torch.dtype, tor
 
 
 class Scratch:
-    """A buffer for the rows of one step, used again in the next one.
+    """Buffers for the rows of one step and for what its layers pass through, used again later.
 
     On the CPU, fresh memory costs as much as filling it does; an accelerator's allocator keeps its
     memory itself.
@@ -261,6 +261,7 @@ class Scratch:
 
     def __init__(self) -> None:
         self._kept: Tensor | None = None
+        self._spaces: dict[str, Tensor] = {}
 
     def rows(self, k: int, p: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Uninitialised tensor (k, p), valid until the next call."""
@@ -270,6 +271,18 @@ class Scratch:
             self._kept = None  # free it before there is another one
             self._kept = torch.empty(k, p, dtype=dtype)
         return self._kept
+
+    def space(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Uninitialised tensor in dtype and device of `like`, valid until this name's next call."""
+        if like.device.type != "cpu":
+            return like.new_empty(shape)
+        n = torch.Size(shape).numel()
+        kept = self._spaces.pop(name, None)
+        if kept is None or kept.numel() < n or kept.dtype != like.dtype:
+            kept = None  # free it before there is another one
+            kept = like.new_empty(n)
+        self._spaces[name] = kept
+        return kept[:n].view(shape)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Scratch, ()  # copies and files need no contents
@@ -516,7 +529,7 @@ class LossGraph:
         self.reached = [False] * len(targets)
         head_gradients: list[list[Tensor | None]] = []
         columns = rows.split(sizes, dim=1)
-        layers = self._from_outputs(targets)
+        layers = self._from_outputs(targets, scratch)
         elsewhere = {place for layer in layers for place in layer.places}
         kept = [j for j in range(len(targets)) if j not in elsewhere]
         asked = [*(targets[j] for j in kept), *(layer.edge for layer in layers)]
@@ -552,13 +565,15 @@ class LossGraph:
             rows /= scale.to(rows.dtype)
         return rows, head_gradients
 
-    def _from_outputs(self, targets: Sequence[Tensor | GradientEdge]) -> list[FromOutput]:
+    def _from_outputs(
+        self, targets: Sequence[Tensor | GradientEdge], scratch: Scratch
+    ) -> list[FromOutput]:
         """Layers among the targets whose gradients are computed here, from those of outputs."""
         try:
             from .layers import from_outputs  # here, so that this file by itself needs torch alone
         except ImportError:
             return []
-        return from_outputs(self, targets)
+        return from_outputs(self, targets, scratch)
 
     def head_gradients(self, scale: Tensor | None = None) -> list[list[Tensor | None]]:
         """Gradients of each present task's head alone, beside `heads`; the graph is kept.

@@ -23,6 +23,7 @@ from .gradients import LossGraph, Scratch, form_of, gram_matrix, upload
 
 _PADDED = 1.5  # from this share of computed over needed channels on, blocks are mostly padding
 _SMALL = 128  # entries of a weight below which looking for the layer costs more than it can save
+_STRIP = 64  # rows of A A^T in one product, on the CPU
 _LONG = 128  # inputs of an output from which on a product with patches is quicker
 _PATCHES = 2**23  # floats in a layer's patches at most; more are memory that was never touched
 _HELD = 3 * 2**22  # floats in all tasks' output gradients at most, for they are held at once
@@ -39,6 +40,7 @@ class Layer:
         weight_shape: (fan_out, fan_in), (fan_in, fan_out), or (fan_out, channels, height, width).
         flipped: whether a matrix stands as (fan_out, fan_in), which is how modules hold it.
         shape: of the output.
+        strip: rows of A A^T to take in one product.
     """
 
     node: Node
@@ -47,6 +49,7 @@ class Layer:
     weight_shape: torch.Size
     flipped: bool
     shape: torch.Size
+    strip: int
 
     @property
     def convolution(self) -> bool:
@@ -68,7 +71,8 @@ class Layer:
     def saved(self, k: int) -> int:
         """Multiplications that k tasks save; a tenth is kept back for what is not counted."""
         n, i, o = self.n, self.fan_in, self.fan_out
-        without = n * n * i + k * n * n * o + k * k * n * o + n * i * o
+        triangle = sum((end - start) * end for start, end in self.strips)
+        without = n * n * i + k * triangle * o + k * k * n * o + n * i * o
         return int(0.9 * (k * n * i * o + k * k * i * o)) - without
 
     def input(self) -> Tensor:
@@ -76,12 +80,12 @@ class Layer:
         attribute = {"AddmmBackward0": "mat1", "MmBackward0": "self"}.get(self.node.name(), "input")
         return getattr(self.node, f"_saved_{attribute}").detach()
 
-    def rows(self, x: Tensor) -> Tensor:
+    def rows(self, x: Tensor, scratch: Scratch) -> Tensor:
         """A (n, fan_in): the input x; of a convolution its patches, by row, column and channel."""
-        return self.patches(x) if self.convolution else x
+        return self.patches(x, scratch) if self.convolution else x
 
-    def patches(self, x: Tensor) -> Tensor:
-        """Patches (n, fan_in) of a convolution's input."""
+    def patches(self, x: Tensor, scratch: Scratch) -> Tensor:
+        """Patches (n, fan_in) of a convolution's input, valid until the next layer's."""
         stride, padding, dilation = self.geometry
         (n, c, h, w), (out_h, out_w) = x.shape, self.shape[2:]
         kernel = self.weight_shape[2:]
@@ -90,17 +94,29 @@ class Layer:
         if any(padding):
             images = torch.nn.functional.pad(images, (0, 0, *2 * padding[1:], *2 * padding[:1]))
         steps = (h * w * c, stride[0] * w * c, stride[1] * c, dilation[0] * w * c, dilation[1] * c)
-        patches = images.as_strided((n, out_h, out_w, *kernel, c), (*steps, 1))
-        return patches.reshape(self.n, self.fan_in)
+        shape = (n, out_h, out_w, *kernel, c)
+        patches = scratch.space("patches", shape, x)
+        patches.copy_(images.as_strided(shape, (*steps, 1)))
+        return patches.view(self.n, self.fan_in)
 
-    def gram(self, x: Tensor, cotangents: Tensor) -> Tensor:
+    @property
+    def strips(self) -> list[tuple[int, int]]:
+        """Ranges of the n rows."""
+        n, strip = self.n, self.strip
+        return [(start, min(start + strip, n)) for start in range(0, n, strip)]
+
+    def gram(self, x: Tensor, cotangents: Tensor, scratch: Scratch) -> Tensor:
         """Gram matrix (K, K) of the layer's task gradients, in float64.
+
+        As A A^T is symmetric, the sum over its lower triangle, with half the diagonal, gives half
+        of the Gram matrix up to a transpose. The triangle is taken in strips, in whole blocks.
 
         Args:
             x: input of the layer.
             cotangents: K gradients of its output, (K, numel).
+            scratch: memory from earlier layers.
         """
-        rows = self.rows(x)
+        rows = self.rows(x, scratch)
         k = len(cotangents)
         d = cotangents.reshape(k, self.n, self.fan_out)
         if self.convolution:
@@ -109,30 +125,46 @@ class Layer:
         kernel = rows @ rows.T
         if self.bias is not None:
             kernel += 1
-        return gram_matrix(d.reshape(k, -1), (kernel @ d).view(k, -1))
+        gram = torch.zeros(k, k, dtype=torch.float64, device=d.device)
+        for start, end in self.strips:
+            kernel[start:end, start:end] /= 2
+            products = scratch.space("products", (k, end - start, self.fan_out), d)
+            torch.matmul(kernel[start:end, :end], d[:, :end], out=products)
+            gram += 2 * gram_matrix(d[:, start:end].reshape(k, -1), products.view(k, -1))
+        return gram
 
-    def gradients(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor | None]:
+    def gradients(
+        self, x: Tensor, d: Tensor, scratch: Scratch | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Gradients of weight and bias from input and gradient of the output."""
         if self.convolution:
-            (weight,) = self.kernels(x, d.transpose(0, 1).reshape(self.fan_out, -1))
+            scratch = Scratch() if scratch is None else scratch
+            (weight,) = self.kernels(x, d.transpose(0, 1).reshape(self.fan_out, -1), scratch)
             return weight.contiguous(), None if self.bias is None else d.sum((0, 2, 3))
         weight = d.T @ x if self.flipped else x.T @ d
         return weight, None if self.bias is None else d.sum(0)
 
-    def kernels(self, x: Tensor, outputs: Tensor) -> Tensor:
+    def kernels(self, x: Tensor, outputs: Tensor, scratch: Scratch) -> Tensor:
         """Gradients of a convolution's weight for any number of tasks, in one product.
 
-        Patches are made anew for it, as they take more room than time.
+        Patches are made anew for it, as they take more room than time. They have the channels last
+        and the weight has them first: what is smaller is brought into the other's order, the
+        patches or the product.
 
         Args:
             x: input of the layer.
             outputs: gradients of its output (tasks times fan_out, n).
+            scratch: memory from earlier layers.
 
         Returns:
-            Gradients (tasks, and the shape of the weight), not contiguous.
+            Gradients (tasks, and the shape of the weight), not always contiguous.
         """
         fan_out, channels, *kernel = self.weight_shape
-        products = (outputs @ self.patches(x)).view(-1, fan_out, *kernel, channels)
+        patches = self.patches(x, scratch)
+        if self.n < len(outputs):
+            patches = patches.view(self.n, -1, channels).transpose(1, 2).reshape(self.n, -1)
+            return (outputs @ patches).view(-1, *self.weight_shape)
+        products = (outputs @ patches).view(-1, fan_out, *kernel, channels)
         return products.permute(0, 1, 4, 2, 3)
 
     @property
@@ -171,8 +203,10 @@ def find_layers(graph: LossGraph, parameters: Sequence[Tensor] | None = None) ->
         if len(users) != 1 or not _plain(weight):
             continue
         node, slot = users[0]
-        shape, dtype, _ = form_of(GradientEdge(node, 0))
-        layer = Layer(node, i, None, weight.shape, flipped, shape)
+        shape, dtype, device = form_of(GradientEdge(node, 0))
+        # An accelerator has more to lose by small products than by the other triangle.
+        strip = _STRIP if device.type == "cpu" else max(shape.numel(), 1)
+        layer = Layer(node, i, None, weight.shape, flipped, shape, strip)
         if not _takes(node, slot, layer) or dtype != weight.dtype:
             continue
         layers.append(layer)
@@ -274,9 +308,9 @@ class Together(FromOutput):
     for one task needs 1.2 to 1.7 times as long where vectors hold 8 floats.
     """
 
-    def __init__(self, layer: Layer, places: list[int]) -> None:
+    def __init__(self, layer: Layer, places: list[int], scratch: Scratch) -> None:
         super().__init__(layer, places)
-        self._x = layer.input()
+        self._x, self._scratch = layer.input(), scratch
         self._held: list[tuple[list[Tensor], Tensor]] = []
 
     def _take(self, row: list[Tensor], d: Tensor) -> None:
@@ -286,10 +320,11 @@ class Together(FromOutput):
         k, layer = len(self._held), self.layer
         if not k:
             return
-        outputs = self._x.new_empty(k, layer.fan_out, layer.shape[0], *layer.shape[2:])
+        shape = (k, layer.fan_out, layer.shape[0], *layer.shape[2:])
+        outputs = self._scratch.space("products", shape, self._x)
         for output, (_, d) in zip(outputs, self._held, strict=True):
             output.copy_(d.transpose(0, 1))
-        weights = layer.kernels(self._x, outputs.view(k * layer.fan_out, -1))
+        weights = layer.kernels(self._x, outputs.view(k * layer.fan_out, -1), self._scratch)
         for i, (row, _) in enumerate(self._held):
             row[0].view(layer.weight_shape).copy_(weights[i])
             if layer.bias is not None:
@@ -297,12 +332,15 @@ class Together(FromOutput):
         self._held.clear()
 
 
-def from_outputs(graph: LossGraph, targets: Sequence[Tensor | GradientEdge]) -> list[FromOutput]:
+def from_outputs(
+    graph: LossGraph, targets: Sequence[Tensor | GradientEdge], scratch: Scratch
+) -> list[FromOutput]:
     """Convolutions among the targets whose gradients are quicker to get from their outputs'.
 
     Args:
         graph: the losses, partitioned.
         targets: what is differentiated by.
+        scratch: memory from earlier steps.
     """
     k = len(graph.edges)
     places = {id(t): i for i, t in enumerate(targets) if isinstance(t, Tensor) and t.is_leaf}
@@ -323,7 +361,7 @@ def from_outputs(graph: LossGraph, targets: Sequence[Tensor | GradientEdge]) -> 
             large.append((replace(layer, bias=bias), at))
     if k * sum(layer.shape.numel() for layer, _ in large) > _HELD:
         large = []
-    return [*padded, *(Together(layer, at) for layer, at in large)]
+    return [*padded, *(Together(layer, at, scratch) for layer, at in large)]
 
 
 def _way(weight: Tensor, k: int) -> str | None:

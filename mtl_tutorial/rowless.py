@@ -110,9 +110,10 @@ class Rowless:
                     self.used[i] = seen
         for i, seen in zip(self.rest, reached[len(layers) :], strict=True):
             self.used[i] = seen
+        self._scratch = scratch
         self.gram = gram_matrix(self.rows)
         for layer, x, d in zip(layers, self.inputs, self.cotangents, strict=True):
-            self.gram += layer.gram(x, d)
+            self.gram += layer.gram(x, d, scratch)
 
     def gradients(self, weights: Tensor) -> list[Tensor | None]:
         """Weighted sum of the tasks' gradients, beside the shared parameters; None where unused.
@@ -127,7 +128,7 @@ class Rowless:
             found[i] = part.view(self.shared[i].shape)
         for layer, x, cotangents in zip(self.layers, self.inputs, self.cotangents, strict=True):
             d = weights.to(cotangents.dtype) @ cotangents
-            found[layer.weight], bias = layer.gradients(x, d.view(layer.shape))
+            found[layer.weight], bias = layer.gradients(x, d.view(layer.shape), self._scratch)
             if layer.bias is not None:
                 found[layer.bias] = bias
         return [g if used else None for g, used in zip(found, self.used, strict=True)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from helpers import relative_error, rng
@@ -223,7 +225,39 @@ def test_patches_are_those_of_unfold(name):
     graph.partition(net.shared)
     (layer,) = layers.find_layers(graph)
     patches = F.unfold(net.x, (3, 2), **geometry).transpose(1, 2).reshape(layer.n, 4, 6)
-    assert torch.equal(layer.rows(layer.input()), patches.transpose(1, 2).reshape(layer.n, -1))
+    found = layer.rows(layer.input(), Scratch())
+    assert torch.equal(found, patches.transpose(1, 2).reshape(layer.n, -1))
+
+
+@pytest.mark.parametrize("n_tasks", [1, 200])
+def test_kernels_are_autograds_whatever_is_brought_into_order(n_tasks):
+    """More patches than outputs of all tasks, or fewer."""
+    net = Net(nn.Conv2d(4, 6, (3, 2), padding=1), channels=4)
+    graph = LossGraph(net.losses())
+    graph.partition(net.shared)
+    (layer,) = layers.find_layers(graph)
+    assert (layer.n < n_tasks * 6) == (n_tasks == 200)
+    d = torch.randn(n_tasks, *layer.shape, generator=rng(5))
+    outputs = d.transpose(1, 2).reshape(n_tasks * 6, -1)
+    scratch = Scratch()
+    found = [layer.kernels(layer.input(), part, scratch) for part in (outputs, outputs)]
+    (weight, _) = net.shared
+    y = F.conv2d(net.x, weight, padding=1)
+    expected = [torch.autograd.grad(y, weight, one, retain_graph=True)[0] for one in d]
+    for kernels in found:  # the second call uses the first one's memory
+        assert relative_error(kernels, torch.stack(expected)) < 2e-6
+
+
+def test_large_temporaries_take_the_memory_of_the_step_before():
+    like = torch.empty(0)
+    scratch = Scratch()
+    first = scratch.space("patches", (3, 4), like)
+    other = scratch.space("products", (3, 4), like)
+    assert first.shape == (3, 4) and first.data_ptr() != other.data_ptr()
+    assert scratch.space("patches", (2, 5), like).data_ptr() == first.data_ptr()
+    assert scratch.space("patches", (30, 4), like).shape == (30, 4)
+    assert scratch.space("patches", (3, 4), like.double()).dtype == torch.float64
+    assert copy.deepcopy(scratch)._spaces == {}
 
 
 # ------------------------------------------------------------- all heads in one backward pass
