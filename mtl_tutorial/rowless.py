@@ -8,7 +8,7 @@ entries,
     sum_k w_k dW_k = (sum_k w_k D_k)^T A,
 
 and no ``dW_k`` is ever formed. By the rows it takes K n fan_in fan_out multiplications, this way
-about n^2 (fan_in + K fan_out): less as long as the layer sees fewer rows than it has inputs. A
+about n^2 (fan_in + K fan_out / 2): less as long as the layer sees fewer rows than inputs. A
 convolution is such a layer over its patches. Every other shared parameter, one that is used twice,
 and one that is cheaper so, keeps its K gradients, in one buffer.
 
