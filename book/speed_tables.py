@@ -47,9 +47,9 @@ and the median over the rounds counts. `ew` takes part twice: column A/A is its 
 noise. A run in which a case's A/A ratio is off by more than 5 % does not count for that case.
 Brackets hold the least and the largest value over several runs.
 
-Some runs of `a`, `c`, `d` and `d16`, and those of `sq` and `vit`, are from before the last change to
-the engine, which takes a few percent from `c` and `d` at most. Two of them have no feature level: it
-was measured anew when all heads were passed at once.
+Some runs of `a`, `c`, `d` and `d16`, and those of `sq` and `vit`, are from before the last change
+to the engine, which takes a few percent from `c` and `d` at most. Two of them have no feature
+level: it was measured anew when all heads were passed at once.
 
 Our engine chooses its path by itself. TorchJD runs as its documentation writes it, and again at the
 quickest of its settings, tried anew for each case and run. LibMTL's release lacks some methods; in
