@@ -260,28 +260,24 @@ class Scratch:
     """
 
     def __init__(self) -> None:
-        self._kept: Tensor | None = None
-        self._spaces: dict[str, Tensor] = {}
+        self._kept: dict[str, Tensor] = {}
 
     def rows(self, k: int, p: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Uninitialised tensor (k, p), valid until the next call."""
-        if device.type != "cpu":
-            return torch.empty(k, p, dtype=dtype, device=device)
-        if self._kept is None or self._kept.shape != (k, p) or self._kept.dtype != dtype:
-            self._kept = None  # free it before there is another one
-            self._kept = torch.empty(k, p, dtype=dtype)
-        return self._kept
+        return self.space("rows", (k, p), dtype, device)
 
-    def space(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Uninitialised tensor in dtype and device of `like`, valid until this name's next call."""
-        if like.device.type != "cpu":
-            return like.new_empty(shape)
+    def space(
+        self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Uninitialised tensor, valid until the next call with this name."""
+        if device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=device)
         n = torch.Size(shape).numel()
-        kept = self._spaces.pop(name, None)
-        if kept is None or kept.numel() < n or kept.dtype != like.dtype:
+        kept = self._kept.pop(name, None)
+        if kept is None or kept.numel() < n or kept.dtype != dtype:
             kept = None  # free it before there is another one
-            kept = like.new_empty(n)
-        self._spaces[name] = kept
+            kept = torch.empty(n, dtype=dtype)
+        self._kept[name] = kept
         return kept[:n].view(shape)
 
     def __reduce__(self) -> tuple[Any, ...]:

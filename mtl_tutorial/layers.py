@@ -95,7 +95,7 @@ class Layer:
             images = torch.nn.functional.pad(images, (0, 0, *2 * padding[1:], *2 * padding[:1]))
         steps = (h * w * c, stride[0] * w * c, stride[1] * c, dilation[0] * w * c, dilation[1] * c)
         shape = (n, out_h, out_w, *kernel, c)
-        patches = scratch.space("patches", shape, x)
+        patches = scratch.space("patches", shape, x.dtype, x.device)
         patches.copy_(images.as_strided(shape, (*steps, 1)))
         return patches.view(self.n, self.fan_in)
 
@@ -128,17 +128,15 @@ class Layer:
         gram = torch.zeros(k, k, dtype=torch.float64, device=d.device)
         for start, end in self.strips:
             kernel[start:end, start:end] /= 2
-            products = scratch.space("products", (k, end - start, self.fan_out), d)
+            shape = (k, end - start, self.fan_out)
+            products = scratch.space("products", shape, d.dtype, d.device)
             torch.matmul(kernel[start:end, :end], d[:, :end], out=products)
             gram += 2 * gram_matrix(d[:, start:end].reshape(k, -1), products.view(k, -1))
         return gram
 
-    def gradients(
-        self, x: Tensor, d: Tensor, scratch: Scratch | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def gradients(self, x: Tensor, d: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor | None]:
         """Gradients of weight and bias from input and gradient of the output."""
         if self.convolution:
-            scratch = Scratch() if scratch is None else scratch
             (weight,) = self.kernels(x, d.transpose(0, 1).reshape(self.fan_out, -1), scratch)
             return weight.contiguous(), None if self.bias is None else d.sum((0, 2, 3))
         weight = d.T @ x if self.flipped else x.T @ d
@@ -321,7 +319,7 @@ class Together(FromOutput):
         if not k:
             return
         shape = (k, layer.fan_out, layer.shape[0], *layer.shape[2:])
-        outputs = self._scratch.space("products", shape, self._x)
+        outputs = self._scratch.space("products", shape, self._x.dtype, self._x.device)
         for output, (_, d) in zip(outputs, self._held, strict=True):
             output.copy_(d.transpose(0, 1))
         weights = layer.kernels(self._x, outputs.view(k * layer.fan_out, -1), self._scratch)
@@ -474,7 +472,7 @@ class Entered:
             found[i] = gradient
         for layer, d in zip(layers, self._outputs, strict=True):
             if d is not None:
-                found[layer.weight], bias = layer.gradients(layer.input(), d)
+                found[layer.weight], bias = layer.gradients(layer.input(), d, Scratch())
                 if layer.bias is not None:
                     found[layer.bias] = bias
         each = iter(found)

@@ -249,15 +249,14 @@ def test_kernels_are_autograds_whatever_is_brought_into_order(n_tasks):
 
 
 def test_large_temporaries_take_the_memory_of_the_step_before():
-    like = torch.empty(0)
-    scratch = Scratch()
-    first = scratch.space("patches", (3, 4), like)
-    other = scratch.space("products", (3, 4), like)
+    scratch, like = Scratch(), (torch.float32, torch.device("cpu"))
+    first = scratch.space("patches", (3, 4), *like)
+    other = scratch.space("products", (3, 4), *like)
     assert first.shape == (3, 4) and first.data_ptr() != other.data_ptr()
-    assert scratch.space("patches", (2, 5), like).data_ptr() == first.data_ptr()
-    assert scratch.space("patches", (30, 4), like).shape == (30, 4)
-    assert scratch.space("patches", (3, 4), like.double()).dtype == torch.float64
-    assert copy.deepcopy(scratch)._spaces == {}
+    assert scratch.space("patches", (2, 5), *like).data_ptr() == first.data_ptr()
+    assert scratch.space("patches", (30, 4), *like).shape == (30, 4)
+    assert scratch.space("patches", (3, 4), torch.float64, like[1]).dtype == torch.float64
+    assert copy.deepcopy(scratch)._kept == {}
 
 
 # ------------------------------------------------------------- all heads in one backward pass

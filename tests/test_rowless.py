@@ -617,16 +617,15 @@ def test_results_do_not_change_with_later_steps():
 def test_the_buffer_is_reused_but_not_copied_or_saved():
     model, method = net("mlp"), AlignedMTL()
     step(model, method, "rows")
-    kept = method._scratch._kept
-    assert kept is not None
+    kept = method._scratch._kept["rows"]
     model.zero_grad()
     step(model, method, "rows")
-    assert method._scratch._kept is kept
-    assert copy.deepcopy(method)._scratch._kept is None
-    assert pickle.loads(pickle.dumps(method))._scratch._kept is None
+    assert method._scratch._kept["rows"] is kept
+    assert copy.deepcopy(method)._scratch._kept == {}
+    assert pickle.loads(pickle.dumps(method))._scratch._kept == {}
     rule = create("gradnorm")  # may keep what it sees
     step(net("mlp"), rule, "rows")
-    assert rule._scratch._kept is None
+    assert rule._scratch._kept == {}
 
 
 MEMORY = """
